@@ -42,19 +42,22 @@ async def test_what_is_here_and_what_is_not(tmp_path: Path, monkeypatch: pytest.
         qemu_binary=program(tmp_path / "qemu", "QEMU emulator version 7.2.1"),
         cloud_hypervisor_binary=program(tmp_path / "cloud-hypervisor", "cloud-hypervisor v9.0"),
     )
-    told = await findings(msgspec.structs.replace(config, hypervisor=settings))
-    assert told["qemu"].verdict == Verdict.OK and "7.2.1" in told["qemu"].message
-    assert told["kvm"].verdict == Verdict.OK
-    assert told["cloud-hypervisor"].verdict == Verdict.WARN and "9.0.0 is too old" in told["cloud-hypervisor"].message
-    assert told["firecracker"].verdict == Verdict.OK and "not installed" in told["firecracker"].message
+    reported = await findings(msgspec.structs.replace(config, hypervisor=settings))
+    assert reported["qemu"].verdict == Verdict.OK and "7.2.1" in reported["qemu"].message
+    assert reported["kvm"].verdict == Verdict.OK
+    assert (
+        reported["cloud-hypervisor"].verdict == Verdict.WARN
+        and "9.0.0 is too old" in reported["cloud-hypervisor"].message
+    )
+    assert reported["firecracker"].verdict == Verdict.OK and "not installed" in reported["firecracker"].message
 
 
 async def test_a_server_without_qemu_is_told_what_to_install(tmp_path: Path) -> None:
     config = Config()
     settings = msgspec.structs.replace(config.hypervisor, qemu_binary=str(tmp_path / "missing"))
-    told = await findings(msgspec.structs.replace(config, hypervisor=settings))
-    assert told["qemu"].verdict == Verdict.FAIL and "qemu-system-x86" in told["qemu"].remedy
-    assert "kvm" not in told
+    reported = await findings(msgspec.structs.replace(config, hypervisor=settings))
+    assert reported["qemu"].verdict == Verdict.FAIL and "qemu-system-x86" in reported["qemu"].remedy
+    assert "kvm" not in reported
 
 
 @pytest.mark.usefixtures("kvm_works")
@@ -66,8 +69,8 @@ async def test_walls_that_the_kernel_has_not_are_told(
     config = Config()
     binary = program(tmp_path / "cloud-hypervisor", "cloud-hypervisor v53.0")
     settings = msgspec.structs.replace(config.hypervisor, cloud_hypervisor_binary=binary)
-    told = await findings(msgspec.structs.replace(config, hypervisor=settings))
-    assert told["cloud-hypervisor"].verdict == Verdict.OK and words in told["cloud-hypervisor"].message
+    reported = await findings(msgspec.structs.replace(config, hypervisor=settings))
+    assert reported["cloud-hypervisor"].verdict == Verdict.OK and words in reported["cloud-hypervisor"].message
 
 
 def test_certificate_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:

@@ -431,7 +431,7 @@ class Channel:
                 self.keeps = event.keeps
                 self._greeted.set()
             case Told():
-                self._tell(event)
+                self._handle_event(event)
             case Data() | Credit() | Resumed() | Ended():
                 session = self._sessions.get(event.session)
                 if session is None:
@@ -444,18 +444,18 @@ class Channel:
                     session.ended = event
                 session.notify()
 
-    def _tell(self, told: Told) -> None:
-        if isinstance(told.event, Ready):
-            self.ready = told.event
+    def _handle_event(self, received: Told) -> None:
+        if isinstance(received.event, Ready):
+            self.ready = received.event
             self._ready.set()
-        if told.event is not None:
+        if received.event is not None:
             try:
-                self._events_in.send_nowait(told.event)
+                self._events_in.send_nowait(received.event)
             except trio.WouldBlock as error:
                 raise ProtocolError("the guest sent more events than exist") from error
             except trio.BrokenResourceError:
                 return  # no receiver: not acknowledged either
-        self._connection.acknowledge(told)
+        self._connection.acknowledge(received)
 
     def _fail(self, error: HypemanError) -> None:
         """End the connection: all waiters get ``error``. The first error is kept."""

@@ -260,8 +260,8 @@ class Connection:
         if self._sessions.pop(session, None) is not None:
             self._send(FrameType.DETACH, 0, session, b"")
 
-    def acknowledge(self, told: Told) -> None:
-        self._send(FrameType.EVENT_ACK, 0, 0, bytes((told.kind,)))
+    def acknowledge(self, received: Told) -> None:
+        self._send(FrameType.EVENT_ACK, 0, 0, bytes((received.kind,)))
 
     # Input from the guest
 

@@ -82,13 +82,13 @@ def failed(failure: Failure) -> Reply:
 
 def failure_from(error: Exception) -> Failure:
     """The failure to report for ``error``. Logs what the client does not see."""
-    told = error if isinstance(error, HypemanError) else told_error(error)
-    if told is None:
+    reported = error if isinstance(error, HypemanError) else told_error(error)
+    if reported is None:
         _log.error("unexpected failure", exc_info=error)
         return errors.UNEXPECTED
-    if told.status >= 500 and told.status != 501:
-        _log.error("%s: %s", told.code, told.message, exc_info=told)
-    return failure_of(told)
+    if reported.status >= 500 and reported.status != 501:
+        _log.error("%s: %s", reported.code, reported.message, exc_info=reported)
+    return failure_of(reported)
 
 
 @contextmanager

@@ -291,11 +291,11 @@ async def _closing(opened: _Open) -> AsyncIterator[_Open]:
 
 def _told(error: Exception) -> HypemanError:
     """The error to report in the stream; for a bug, without details."""
-    told = error if isinstance(error, HypemanError) else told_error(error)
-    if told is None:
+    reported = error if isinstance(error, HypemanError) else told_error(error)
+    if reported is None:
         _log.error("unexpected failure", exc_info=error)
         return HypemanError(UNEXPECTED.body.message)
-    return told
+    return reported
 
 
 async def _send_json(socket: Socket, message: Any) -> None:

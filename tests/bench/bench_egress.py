@@ -235,7 +235,7 @@ class Bench:
         self.pids["mitmproxy"] = (process.pid, port)
 
     def _ours(self, stack: ExitStack) -> None:
-        told = {
+        reported = {
             "settings": {"address": "127.0.0.1", "port": 0, "loops": 1, "allow": ["127.0.0.0/8"],
                          "trust_file": str(self.dir / "origin-ca.pem"), "assumed_tls_port": self.origin,
                          "limits": {"mints_per_second": 0}},
@@ -244,7 +244,7 @@ class Bench:
                 {"hosts": [HOST, "*.names.test"],
                  "as": {"header": "Authorization", "format": "Bearer ${value}"}}]}}, {"K": "real"}]],
         }  # fmt: skip
-        argv = [sys.executable, "-m", "tests.egress.proxy_process", json.dumps(told)]
+        argv = [sys.executable, "-m", "tests.egress.proxy_process", json.dumps(reported)]
         process = stack.enter_context(running(argv, 1, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                               cwd=HERE.parents[1]))  # fmt: skip
         assert process.stdout is not None

@@ -94,9 +94,9 @@ class IngressBench(Bench):
             port = free_port()
             directory = self.dir / name.replace(" ", "-")
             directory.mkdir()
-            told = {"directory": str(directory), "host": HOST, "port": port, "target_port": self.origin,
+            reported = {"directory": str(directory), "host": HOST, "port": port, "target_port": self.origin,
                     "certificate": str(self.dir / "leaf.pem"), "log": log, "under": self.under}  # fmt: skip
-            argv = [sys.executable, "-m", "tests.ingress.ingress_process", json.dumps(told)]
+            argv = [sys.executable, "-m", "tests.ingress.ingress_process", json.dumps(reported)]
             process = stack.enter_context(running(argv, 1, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                                   cwd=HERE.parents[1]))  # fmt: skip
             assert process.stdout is not None

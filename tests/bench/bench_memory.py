@@ -1,7 +1,7 @@
 """Standby, restore, fork and volumes of real guests through the API: how long, how much memory, how much disk.
 
 Guests of 256 MB that sleep. "To agent answer" is until the call has returned (the guest then has its new identity,
-told by the agent) and one question to the agent has been answered. What of it is ours and not the VMM's is in
+reported by the agent) and one question to the agent has been answered. What of it is ours and not the VMM's is in
 bench_instances ("control plane"), with VMMs that take no time.
 """
 

@@ -69,9 +69,9 @@ def _paired(name: str, unit: str, ours: Sequence[float], peer: str, theirs: Sequ
 def _round(namespace: Namespace, server: Fakes) -> Round:
     """The CPU time is that of the whole round, with the login and the first list."""
     begin, used = time.monotonic(), process_cpu_time(server.pid)
-    told = json.loads(run_node(namespace, "frames.mjs", server.base, SECONDS=str(_SECONDS)))
+    document = json.loads(run_node(namespace, "frames.mjs", server.base, SECONDS=str(_SECONDS)))
     share = 100 * (process_cpu_time(server.pid) - used) / (time.monotonic() - begin)
-    return Round(told["median"], told["p95"], share)
+    return Round(document["median"], document["p95"], share)
 
 
 def _idle(server: Fakes) -> float:

@@ -59,7 +59,7 @@ async def wake_all(make: Make, guests: int, wanted: int, kills_every: int) -> Ta
     raise AssertionError("there is a directory")
 
 
-def told(tally: Tally) -> Iterator[Result]:
+def results_of(tally: Tally) -> Iterator[Result]:
     for line in tally.lost:
         print("lost:", line)
     yield Result("requests that woke", float(tally.requests), "")
@@ -115,4 +115,4 @@ def flood(peer: Place, sent: list[int]) -> None:
 
 def run() -> Iterator[Result]:
     yield from trio.run(scan)
-    yield from told(trio.run(wake_all, cabled, GUESTS, WAKES, KILLS))
+    yield from results_of(trio.run(wake_all, cabled, GUESTS, WAKES, KILLS))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import trio
 
-from tests.bench.bench_wake import told, wake_all
+from tests.bench.bench_wake import results_of, wake_all
 from tests.bench.harness import Result
 from tests.real.wakes import real
 
@@ -16,4 +16,4 @@ GUESTS = 2
 
 
 def run() -> Iterator[Result]:
-    yield from told(trio.run(wake_all, real, GUESTS, WAKES, 0))
+    yield from results_of(trio.run(wake_all, real, GUESTS, WAKES, 0))

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import trio
 
-from tests.bench.bench_wake import KILLS, WAKES, told, wake_all
+from tests.bench.bench_wake import KILLS, WAKES, results_of, wake_all
 from tests.bench.harness import Result
 from tests.real.wakes import cabled
 
 
 def run() -> Iterator[Result]:
-    yield from told(trio.run(wake_all, cabled, 100, WAKES, KILLS))
+    yield from results_of(trio.run(wake_all, cabled, 100, WAKES, KILLS))

@@ -1,4 +1,4 @@
-"""One life of the image service in a process of its own, so that its memory can be told.
+"""One life of the image service in a process of its own, so that its memory can be measured.
 
     python -m tests.bench.images_child <data dir> pull <host> <name>
     python -m tests.bench.images_child <data dir> import <path> <root_fs>

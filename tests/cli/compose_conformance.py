@@ -82,7 +82,7 @@ def outcomes() -> list[str]:
     module = _module()
     with tempfile.TemporaryDirectory() as folder:
         cases = dict(_cases(module, Path(folder)))
-        return [f"{name}: {_outcome(cases[name], told, module)}" for name, told in _ask(cases).items()]
+        return [f"{name}: {_outcome(cases[name], reported, module)}" for name, reported in _ask(cases).items()]
 
 
 def _module() -> Path:
@@ -93,11 +93,11 @@ def _module() -> Path:
         (CACHE / "go.mod").write_text(f"module oracle\n\ngo 1.24\n\nrequire {MODULE} {VERSION}\n")
         for command in (("mod", "tidy"), ("build", "-o", "oracle", ".")):
             subprocess.run(["go", *command], cwd=CACHE, check=True, timeout=_SECONDS)
-    told = subprocess.run(
+    completed = subprocess.run(
         ["go", "mod", "download", "-json", f"{MODULE}@{VERSION}"],
         cwd=CACHE, check=True, capture_output=True, timeout=_SECONDS,
     )  # fmt: skip
-    about = json.loads(told.stdout)
+    about = json.loads(completed.stdout)
     assert about["Sum"] == SUM
     return Path(about["Dir"])
 

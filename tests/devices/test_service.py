@@ -516,8 +516,8 @@ async def test_a_vgpu_is_made_and_removed_with_its_instance(machine: Machine, st
     assert status is not None
     assert (status.mode, status.total_slots, status.used_slots) == ("vgpu", 2, 1)
     assert status.profiles is not UNSET
-    told = [(profile.name, profile.framebuffer_mb, profile.available) for profile in status.profiles]
-    assert told == [("T4-1Q", 1024, 1), ("T4-2Q", 2048, 1)]
+    reported = [(profile.name, profile.framebuffer_mb, profile.available) for profile in status.profiles]
+    assert reported == [("T4-1Q", 1024, 1), ("T4-2Q", 2048, 1)]
     await devices.unbind("one")
     assert render(machine.tree) == before
     await release(store, devices, "one")

@@ -325,7 +325,7 @@ class FakeDriver:
 
     def fail(self, operation: str, error: BaseException | None = None, *, call: int = 1, after: bool = False) -> None:
         """The ``call``-th such operation from now on raises; with ``after``, when it has done its work."""
-        self.faults.plan(operation, call, error or LaunchFailed(f"{operation} was told to fail"), after=after)
+        self.faults.plan(operation, call, error or LaunchFailed(f"{operation} was set to fail"), after=after)
 
     def hang(self, operation: str, *, call: int = 1, after: bool = False) -> None:
         self.faults.plan(operation, call, _HANG, after=after)

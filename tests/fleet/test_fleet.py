@@ -408,7 +408,7 @@ def test_a_node_whose_clock_is_off_stays_a_node(fleet: Fleet) -> None:
         victim.node.end()
         victim.start_node(**victim.other_clock("+2h"))
         try:
-            eventually(lambda: fleet.condition(victim, "ClockSkewed") == "True", "it is told", victim.node)
+            eventually(lambda: fleet.condition(victim, "ClockSkewed") == "True", "the condition is set", victim.node)
             assert "ahead of the API server's" in fleet.control.kubectl("describe", "node", victim.name)
             fleet.control.apply(pod("meanwhile", namespace, node=victim.name))
             fleet.wait_running(namespace, 2)

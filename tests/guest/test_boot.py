@@ -123,8 +123,8 @@ def test_the_guest_reads_what_the_host_wrote(dump_boot: Path, data: st.DataObjec
     config = data.draw(configs)
     disk = render_boot_disk(config)
     assert len(disk) % 4096 == 0
-    told = subprocess.run([dump_boot], input=disk, capture_output=True, check=True).stdout
-    assert told.decode().split("\x1f")[:-1] == expected(config)
+    completed = subprocess.run([dump_boot], input=disk, capture_output=True, check=True).stdout
+    assert completed.decode().split("\x1f")[:-1] == expected(config)
 
 
 def test_torn_and_foreign_disks_are_refused(dump_boot: Path) -> None:

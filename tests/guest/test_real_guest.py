@@ -369,7 +369,7 @@ async def test_halt_ends_the_vm(kernel: Path, busybox_root: Path, tmp_path: Path
 
 
 async def test_a_kernel_that_stopped_is_silent(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
-    """It has panicked and was told to stay: its processor spins, its devices are there, nobody answers."""
+    """It has panicked and does not reset: its processor spins, its devices are there, nothing answers."""
     config = boot_config("sleep", "1000")
     async with booted(config, busybox_root, kernel, tmp_path) as guest, guest.connect() as client:
         with pytest.raises(GuestTimeout):
@@ -458,7 +458,7 @@ async def check_podman(client: GuestClient) -> None:
 
 
 async def test_hosts_come_and_go(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
-    """A server that is restarted, also in the middle of a transfer: the next one is served, and told all again."""
+    """A server that is restarted, also in the middle of a transfer: the next one is served, and gets all events."""
     config = boot_config("sleep", "1000")
     async with booted(config, busybox_root, kernel, tmp_path) as guest:
         for round_number in range(6):
@@ -557,9 +557,9 @@ async def test_volumes_come_and_go_and_identity_changes(kernel: Path, busybox_ro
             await client.thaw()
             await shell(client, "hostname mine")
             await client.set_identity(hostname=config.hostname, network=NETWORK, entropy=secrets.token_bytes(64))
-            told = await shell(client, "hostname; ip addr show eth0")
-            assert told.startswith("mine\n"), "a guest that stays who it was is left alone"
-            assert "10.0.2.15/24" in told
+            reported = await shell(client, "hostname; ip addr show eth0")
+            assert reported.startswith("mine\n"), "a guest that stays who it was is left alone"
+            assert "10.0.2.15/24" in reported
             other = GuestNetwork(mac="02:00:00:65:43:20", address="10.0.2.76", prefix=16, gateway="10.0.2.2")
             with pytest.raises(InvalidRequest, match="host name"):
                 await client.set_identity(hostname="x" * 100, network=other)
@@ -578,12 +578,12 @@ async def test_volumes_come_and_go_and_identity_changes(kernel: Path, busybox_ro
                 nonce=new_nonce,
             )
             await client.thaw()
-            told = await shell(client, "hostname; cat /etc/machine-id; ip addr show eth0; ip route; cat /etc/hosts")
-            assert told.startswith("fork\n" + "f" * 32)
-            assert "02:00:00:65:43:21" in told
-            assert "10.0.2.77/16" in told
-            assert "10.0.2.15" not in told
-            assert "default via 10.0.2.2" in told
+            reported = await shell(client, "hostname; cat /etc/machine-id; ip addr show eth0; ip route; cat /etc/hosts")
+            assert reported.startswith("fork\n" + "f" * 32)
+            assert "02:00:00:65:43:21" in reported
+            assert "10.0.2.77/16" in reported
+            assert "10.0.2.15" not in reported
+            assert "default via 10.0.2.2" in reported
             await check_clock(client)
             with trio.fail_after(20):
                 while frozen == [(await shell(client, "cat /tmp/count")).encode()]:

@@ -77,12 +77,12 @@ class Place:
         )
         if not overlay.exists():
             _format(overlay, 64)
-            told = BootConfig(
+            reported = BootConfig(
                 instance_id=name, hostname=name, nonce=NONCE, argv=("/bin/sleep", "100000"), env=("PATH=/bin",),
                 network=network, power_off_by_reset=not able.power_off,
                 disk_order=() if able.disk_serials else tuple(disk.id for disk in disks),
             )  # fmt: skip
-            boot.write_bytes(render_boot_disk(told))
+            boot.write_bytes(render_boot_disk(reported))
             tap = f"tap-{name}"
             _ip("tuntap", "add", tap, *_MODE, "user", str(config.uid))
             _ip("address", "add", f"{network.gateway}/24", "dev", tap)

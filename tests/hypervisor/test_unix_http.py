@@ -17,7 +17,7 @@ from hypeman.hypervisor.unix_http import ApiRefused, UnixHttp
 
 
 class Server:
-    """Takes one connection after the other; sends what it was told to, in pieces, and keeps what it got."""
+    """Takes one connection after the other; sends the prepared answer in pieces and keeps the request."""
 
     def __init__(self, path: str) -> None:
         self.path = path

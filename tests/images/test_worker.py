@@ -20,7 +20,7 @@ from tests.images.layout import entry, sha256, tar
 
 @contextmanager
 def running(tmp_path: Path) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
-    """A worker that was told to begin."""
+    """A worker that was started."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(

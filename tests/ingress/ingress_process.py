@@ -39,21 +39,21 @@ def command(under: list[str], fd: int) -> list[str]:
 
 
 async def main() -> None:
-    told = json.loads(sys.argv[1])
-    folder, pem = Path(told["directory"]), Path(told["certificate"])
+    document = json.loads(sys.argv[1])
+    folder, pem = Path(document["directory"]), Path(document["certificate"])
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the log is written, but not to the terminal
     setup_logs("info", "json")
-    if not told["log"]:
+    if not document["log"]:
         logging.getLogger("hypeman.ingress.access").setLevel(logging.WARNING)
     store = Store.open(folder / "store")
     rule = {
-        "match": {"hostname": told["host"], "port": told["port"]},
-        "target": {"instance": "web", "port": told["target_port"]},
+        "match": {"hostname": document["host"], "port": document["port"]},
+        "target": {"instance": "web", "port": document["target_port"]},
         "tls": True,
     }
     async with store.serving(), trio.open_nursery() as nursery:
         settings = Settings(address="127.0.0.1", port=0, loops=1)
-        egress = Egress(settings, folder / "egress", command=partial(command, told["under"]))
+        egress = Egress(settings, folder / "egress", command=partial(command, document["under"]))
         certificates = Certificates(CertificateSettings(files={"site": (pem, pem)}), folder / "ingress", store)
         service = Ingresses(
             store,

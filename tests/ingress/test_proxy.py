@@ -207,8 +207,8 @@ async def test_which_status_says_what_is_wrong() -> None:
             assert response.status_code == status, (host, headers)
             if status != 200:
                 assert dict(response.headers)[b"content-type"].startswith(b"text/html")
-                for told in (b"127.0.0.1", b"instance", SECRET.encode(), host.partition(".")[0].encode() + b"."):
-                    assert told not in body
+                for reported in (b"127.0.0.1", b"instance", SECRET.encode(), host.partition(".")[0].encode() + b"."):
+                    assert reported not in body
             assert (await here.logged(number)).status == status
         _, body = await here.get("nobody.test")
         assert body == b"404 Not Found: There is no site with this name on this server.\n"
@@ -301,7 +301,7 @@ async def test_bodies_pass_whole(framing: str) -> None:
 async def test_nothing_is_held_back() -> None:
     """Each piece is passed on before the next one exists: server-sent events, and uploads."""
     to_guest, at_guest = trio.open_memory_channel[bytes](0)
-    go_on, told = trio.open_memory_channel[bytes](0)
+    go_on, output = trio.open_memory_channel[bytes](0)
 
     async def guest(stream: trio.SocketStream) -> None:
         received = b""
@@ -309,7 +309,7 @@ async def test_nothing_is_held_back() -> None:
             received += await stream.receive_some(65536)
         await to_guest.send(b"one")
         await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
-        async for piece in told:
+        async for piece in output:
             await stream.send_all(piece)
         await stream.aclose()
 

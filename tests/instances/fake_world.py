@@ -4,7 +4,7 @@
     async with lab.running() as instances:      the service, as app.py would build it
     lab.fail_at(3)                              the fourth effect from now on raises
     lab.crash_at(3)                             there the server "dies": nothing after it happens any more
-    lab.end_at(3)                               there the server is told to end: all of its tasks are cancelled
+    lab.end_at(3)                               there the server is ended: all of its tasks are cancelled
     lab.world_as_text()                         everything that exists outside of the store
 
 Effects are counted where they would touch the machine: network, egress, devices, disks, files and VMMs.
@@ -65,7 +65,7 @@ class Crash(BaseException):
 
 
 class HostFailed(InternalError):
-    """What an effect was told to raise."""
+    """What an effect was set to raise."""
 
 
 class Bomb:
@@ -88,7 +88,7 @@ class Bomb:
         self.count += 1
         if number == self.fail_at:
             self.where = name
-            raise HostFailed(f"{name} was told to fail")
+            raise HostFailed(f"{name} was set to fail")
         if number == self.end_at:
             self.where = name
             self.end()

@@ -20,7 +20,7 @@ from hypeman.instances.life.operations.standby import restore, standby
 from hypeman.instances.life.operations.stop import stop
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.admission import Command
-from hypeman.instances.model.record import InstanceRecord, Operation
+from hypeman.instances.model.record import Operation
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
     ForkInstanceRequest,
@@ -36,7 +36,7 @@ from hypeman.paths import Paths
 from hypeman.store import Store
 from hypeman.volumes.records import ATTACHMENTS
 from tests.instances.fake_world import FakeGuest, HostFailed, Lab, request
-from tests.instances.test_lifecycle import clean_up, in_standby, running, settled, with_volume
+from tests.instances.test_lifecycle import clean_up, in_standby, running, settled, until_state, with_volume
 from tests.instances.test_trouble import jam_taps, make_volume, remove_volumes
 
 AT_DATA = AttachVolumeRequest(mount_path="/data", readonly=True)
@@ -55,13 +55,6 @@ async def until_journal(lab: Lab, instances: Instances, text: str) -> None:
     with trio.fail_after(60):
         while text not in journal(lab, instances):
             await trio.sleep(0.001)
-
-
-async def until(instances: Instances, state: InstanceState) -> InstanceRecord:
-    with trio.fail_after(60):
-        while (record := instances.board.find("one")).state is not state:
-            await instances.board.wait_change(record)
-    return record
 
 
 # ── Volumes ──────────────────────────────────────────────────────────────────────────────────────
@@ -163,7 +156,7 @@ async def test_a_start_begins_a_new_boot(lab: Lab) -> None:
         await running(lab, instances)
         lab.guests[instances.board.find("one").id].tell(Exited(7))
         lab.machine.alive()[0].end(ExitReason.POWEROFF)
-        before = await until(instances, InstanceState.STOPPED)
+        before = await until_state(instances, InstanceState.STOPPED)
         assert (before.exit_code, before.started_at is None, before.stopped_at is None) == (7, False, False)
         assert (before.handle, before.mapped, before.capture) == (None, None, None)
         await instances.start("one", StartInstanceRequest(cmd=("-c", "true")))
@@ -199,7 +192,7 @@ async def test_how_a_workload_ended_is_kept_though_the_vmm_ended_unseen(lab: Lab
     async with lab.running() as instances:
         await running(lab, instances)
         lab.guests[instances.board.find("one").id].tell(Exited(3))
-        await until(instances, InstanceState.SHUTDOWN)
+        await until_state(instances, InstanceState.SHUTDOWN)
     lab.machine.alive()[0].end(ExitReason.POWEROFF)
     async with lab.running() as instances:
         ended = await instances.get("one")
@@ -218,7 +211,7 @@ async def test_an_outcome_that_the_guest_writes_at_its_end_counts(lab: Lab, monk
 
         monkeypatch.setattr(instances.machine, "read_outcome", outcome)
         lab.machine.alive()[0].end(ExitReason.KILLED)
-        record = await until(instances, InstanceState.STOPPED)
+        record = await until_state(instances, InstanceState.STOPPED)
         assert (record.exit_code, record.exit_message) == (5, "exited with code 5")
         await clean_up(lab, instances)
 
@@ -229,7 +222,7 @@ async def test_a_guest_that_cannot_be_set_up_says_why(lab: Lab) -> None:
         lab.guests[instances.board.find("one").id].tell(Fatal("cannot mount /data"))
         await until_journal(lab, instances, "guest: cannot mount /data")
         lab.machine.alive()[0].end(ExitReason.POWEROFF)
-        record = await until(instances, InstanceState.STOPPED)
+        record = await until_state(instances, InstanceState.STOPPED)
         assert (record.exit_code, record.exit_message) == (127, "cannot mount /data")
         await clean_up(lab, instances)
 
@@ -255,9 +248,9 @@ async def test_changes_are_attributed_to_who_caused_them_and_to_nobody_else(lab:
             await instances.start("one", StartInstanceRequest())
         await settled(instances, "one")
         lab.machine.alive()[0].end(ExitReason.KILLED)
-        await until(instances, InstanceState.STOPPED)
-        told = lab.store.read(lambda txn: read_after(txn, 0, 100))
-        assert [event.actor.subject if event.actor else None for event in told] == [
+        await until_state(instances, InstanceState.STOPPED)
+        reported = lab.store.read(lambda txn: read_after(txn, 0, 100))
+        assert [event.actor.subject if event.actor else None for event in reported] == [
             "ann", "ann", None, "bob", "bob", None, None
         ], "created, launched; running; stopped, started; running, ended"  # fmt: skip
         await clean_up(lab, instances)

@@ -101,6 +101,14 @@ async def settled(instances: Instances, ref: str) -> str:
     return record.state.value
 
 
+async def until_state(instances: Instances, state: InstanceState, ref: str = "one") -> InstanceRecord:
+    """The record of ``ref`` once it is in ``state``."""
+    with trio.fail_after(60):
+        while (record := instances.board.find(ref)).state is not state:
+            await instances.board.wait_change(record)
+    return record
+
+
 def rows(store: Store) -> str:
     """What the store says, times and counters apart."""
 
@@ -429,7 +437,7 @@ ENDED = ("create", "start", "stop", "delete", "standby", "restore", "attach", "d
 
 @pytest.mark.parametrize("case", ENDED)
 async def test_ended_at_every_effect(lab: Lab, case: str) -> None:
-    """The server is told to end there, so its tasks are cancelled and undo what they can: nothing that was committed is
+    """The server is ended there, so its tasks are cancelled and undo what they can: nothing that was committed is
     undone, and what was not is not left."""
     prepare, act, allowed = CASES[case]
     moment, ended = 0, True

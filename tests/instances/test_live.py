@@ -55,24 +55,24 @@ async def test_a_lost_channel_is_opened_again_more_and_more_slowly(
     autojump_clock: trio.testing.MockClock, error: Exception | None
 ) -> None:
     vmm = _Vmm(good=1)
-    told: list[VmEvent] = []
+    reported: list[VmEvent] = []
 
     def connect(stream: Any, nonce: bytes) -> Any:
         return _Guest(error)
 
     live = Live(vmm, nonce=b"", boot=1, connect=connect)  # type: ignore[arg-type]
-    await live.run(lambda _, event: told.append(event))
+    await live.run(lambda _, event: reported.append(event))
     assert 60 < vmm.opened < 80, "once a second, after the first few"
-    assert told[-1] == VmmExit(ExitReason.POWEROFF)
+    assert reported[-1] == VmmExit(ExitReason.POWEROFF)
 
 
 async def test_a_guest_that_hangs_up_at_once_again_and_again(autojump_clock: trio.testing.MockClock) -> None:
     """Each connection brings news for the instance's task; once a second is as often as a guest may do that."""
     vmm = _Vmm(good=1_000_000)
-    told: list[VmEvent] = []
+    reported: list[VmEvent] = []
     live = Live(vmm, nonce=b"", boot=1, connect=lambda stream, nonce: _Guest(None))  # type: ignore[arg-type, return-value]
-    await live.run(lambda _, event: told.append(event))
-    assert 60 < vmm.opened < 80 and len(told) < 81
+    await live.run(lambda _, event: reported.append(event))
+    assert 60 < vmm.opened < 80 and len(reported) < 81
 
 
 async def test_nobody_waits_for_the_guest_of_a_vmm_that_has_ended(autojump_clock: trio.testing.MockClock) -> None:

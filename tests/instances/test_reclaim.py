@@ -37,7 +37,7 @@ def asked(size: int, **more: object) -> MemoryReclaimRequest:
 
 
 def lent(lab: Lab, instances: Instances, name: str) -> int:
-    """What the VM itself was told."""
+    """What was set at the VM."""
     return lab.machine.of(instances.board.find(name).id).memory.lent
 
 

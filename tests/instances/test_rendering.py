@@ -162,8 +162,8 @@ def test_only_a_standby_can_be_restored(state: InstanceState, capture: str | Non
 
 def test_why_an_instance_is_unknown_without_paths_of_the_host() -> None:
     reason = "cannot open /data/instances/source/overlay.raw"
-    told = view(replace(RECORD, state=InstanceState.UNKNOWN, state_error=reason)).state_error
-    assert told is not None and told.startswith("cannot open") and "/data/" not in told
+    reported = view(replace(RECORD, state=InstanceState.UNKNOWN, state_error=reason)).state_error
+    assert reported is not None and reported.startswith("cannot open") and "/data/" not in reported
     assert view(replace(RECORD, state=InstanceState.UNKNOWN, state_error=None)).state_error is None
     assert view(replace(RECORD, state=InstanceState.RUNNING, state_error=reason)).state_error is None
 

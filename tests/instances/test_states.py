@@ -63,13 +63,13 @@ def test_the_table_in_the_header_of_admission_is_what_is_admitted() -> None:
     begin = next(number for number, line in enumerate(lines) if line.split()[:1] == ["state"])
     names = lines[begin].split()[1:]
     ends = [lines[begin].index(f" {name}") + 1 for name in names]
-    told: dict[str, set[S]] = {name: set() for name in names}
+    reported: dict[str, set[S]] = {name: set() for name in names}
     for line in lines[begin + 1 : begin + 1 + len(S)]:
         for mark in re.finditer(r"x", line):
-            told[names[sum(end <= mark.start() for end in ends) - 1]].add(S(line.split()[0]))
-    assert told.keys() == COLUMNS.keys()
+            reported[names[sum(end <= mark.start() for end in ends) - 1]].add(S(line.split()[0]))
+    assert reported.keys() == COLUMNS.keys()
     for name, commands in COLUMNS.items():
-        assert all(ALLOWED[command] == told[name] for command in commands), name
+        assert all(ALLOWED[command] == reported[name] for command in commands), name
     assert ALLOWED[Command.RESTORE_SNAPSHOT] == NO_VMM == {S.STOPPED, S.STANDBY}
     assert ALLOWED.keys() == {command for commands in COLUMNS.values() for command in commands} | {
         Command.RESTORE_SNAPSHOT

@@ -1,5 +1,5 @@
-"""Unknown is no place to stay: an instance that could go neither on nor back is looked at again until it can,
-and whatever made it so stays its own trouble."""
+"""Unknown is not final: an instance that could be neither completed nor rolled back is retried until it can be, and
+other instances are not affected."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from hypeman.instances.rows import INTENTS
 from hypeman.instances.service import Instances
 from hypeman.paths import Paths
 from hypeman.store import Store
-from tests.fakes.fake_vmm import FakeVmm
+from tests.fakes.fake_vmm import FakeProcess, FakeVmm
 from tests.instances.fake_world import FakeGuest, HostFailed, Lab
-from tests.instances.test_lifecycle import check_owned, clean_up, in_standby, rows, running, with_volume
+from tests.instances.test_lifecycle import check_owned, clean_up, in_standby, rows, running, until_state, with_volume
 
 
 def no_answer() -> VmmBroken:
@@ -50,16 +50,28 @@ def lab(store: Store, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> Lab:
 
 
 async def until(instances: Instances, state: InstanceState) -> None:
-    record = instances.board.find("one")
-    with trio.fail_after(60):
-        while record.state is not state:
-            record = await instances.board.wait_change(record) or record
+    await until_state(instances, state)
     assert (await instances.get("one")).state_error is None
 
 
 async def is_unknown(instances: Instances, reason: str) -> None:
     view = await instances.get("one")
     assert view.state is InstanceState.UNKNOWN and reason in str(view.state_error)
+
+
+async def unknown_after_standby(lab: Lab, instances: Instances, *, unanswered: int) -> FakeProcess:
+    """The VMM of an instance that answered neither the capture nor the resume, nor answers the next ``unanswered``
+    questions for its state."""
+    await running(lab, instances)
+    (process,) = lab.machine.alive()
+    lab.driver.fail("capture", no_answer())
+    lab.driver.fail("resume", no_answer())
+    for call in range(1, unanswered + 1):
+        lab.driver.fail("state", no_answer(), call=call)
+    with pytest.raises(HypemanError):
+        await instances.standby("one", StandbyInstanceRequest())
+    await is_unknown(instances, "did not answer")
+    return process
 
 
 async def test_a_vmm_that_answers_again_after_a_start(lab: Lab) -> None:
@@ -74,7 +86,7 @@ async def test_a_vmm_that_answers_again_after_a_start(lab: Lab) -> None:
         await clean_up(lab, instances)
 
 
-async def test_a_vmm_that_ended_meanwhile(lab: Lab) -> None:
+async def test_a_vmm_that_ends_while_its_instance_is_unknown(lab: Lab) -> None:
     async with lab.running() as instances:
         await running(lab, instances)
     for call in range(1, 4):
@@ -117,7 +129,7 @@ async def test_it_comes_back_as_what_it_was(lab: Lab) -> None:
 
 @pytest.mark.parametrize("verb", ["standby", "fork"])
 async def test_a_capture_during_which_the_vmm_fell_silent(lab: Lab, verb: str) -> None:
-    """Neither the capture nor going on is answered; later the VMM is heard of again, and goes on then."""
+    """Neither the capture nor the resume is answered; when the VMM answers again, its VM is resumed."""
     async with lab.running() as instances:
         await running(lab, instances)
         before = lab.world_as_text()
@@ -138,17 +150,9 @@ async def test_a_capture_during_which_the_vmm_fell_silent(lab: Lab, verb: str) -
 
 
 async def test_a_capture_after_which_the_vmm_ended(lab: Lab) -> None:
-    """Neither the capture nor going on is answered, and then there is no VMM that could go on."""
+    """Neither the capture nor the resume is answered, and then the VMM ends."""
     async with lab.running() as instances:
-        await running(lab, instances)
-        (process,) = lab.machine.alive()
-        lab.driver.fail("capture", no_answer())
-        lab.driver.fail("resume", no_answer())
-        for call in range(1, 4):
-            lab.driver.fail("state", no_answer(), call=call)
-        with pytest.raises(HypemanError):
-            await instances.standby("one", StandbyInstanceRequest())
-        await is_unknown(instances, "did not answer")
+        process = await unknown_after_standby(lab, instances, unanswered=3)
         process.end(ExitReason.KILLED)
         await until(instances, InstanceState.STOPPED)
         assert (await instances.get("one")).exit_message == "the VMM was killed"
@@ -201,15 +205,7 @@ async def test_a_vmm_that_only_closes_its_connection_during_a_capture(lab: Lab) 
 
 async def test_a_capture_after_which_the_vmm_ended_with_the_server(lab: Lab) -> None:
     async with lab.running() as instances:
-        await running(lab, instances)
-        (process,) = lab.machine.alive()
-        lab.driver.fail("capture", no_answer())
-        lab.driver.fail("resume", no_answer())
-        for call in range(1, 100):
-            lab.driver.fail("state", no_answer(), call=call)
-        with pytest.raises(HypemanError):
-            await instances.standby("one", StandbyInstanceRequest())
-        await is_unknown(instances, "did not answer")
+        process = await unknown_after_standby(lab, instances, unanswered=99)
     process.end(ExitReason.KILLED)
     async with lab.running() as instances:
         ended = await instances.get("one")
@@ -253,7 +249,7 @@ async def test_a_restore_that_the_next_server_cannot_finish_ends_stopped(
         await clean_up(lab, instances)
 
 
-async def test_a_volume_of_which_the_vmm_did_not_let_go(lab: Lab) -> None:
+async def test_a_volume_that_the_vmm_did_not_release(lab: Lab) -> None:
     async with lab.running() as instances:
         await with_volume(lab, instances)
         lab.driver.fail("add_disk", no_answer(), after=True)
@@ -267,7 +263,7 @@ async def test_a_volume_of_which_the_vmm_did_not_let_go(lab: Lab) -> None:
         await clean_up(lab, instances)
 
 
-async def test_a_capture_of_a_stopped_one_that_could_not_be_taken_back(
+async def test_a_capture_of_a_stopped_instance_that_could_not_be_undone(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with lab.running() as instances:
@@ -291,7 +287,7 @@ async def test_a_capture_of_a_stopped_one_that_could_not_be_taken_back(
 # ── Drivers that break ───────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_watch_that_breaks_is_begun_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_watch_that_fails_is_restarted(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     broke = trio.Event()
     wait_exit = FakeVmm.wait_exit
 
@@ -313,7 +309,7 @@ async def test_a_watch_that_breaks_is_begun_again(lab: Lab, monkeypatch: pytest.
         await clean_up(lab, instances)
 
 
-async def test_a_vmm_that_can_not_be_let_go_of(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_vmm_whose_connections_cannot_be_closed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     async def refuse(vmm: FakeVmm) -> None:
         raise ValueError("nobody thought of this")
 
@@ -329,7 +325,7 @@ async def test_a_vmm_that_can_not_be_let_go_of(lab: Lab, monkeypatch: pytest.Mon
         await clean_up(lab, instances)
 
 
-async def test_a_capture_that_nobody_needs_and_nobody_can_remove(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unused_capture_that_cannot_be_removed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server starts all the same, and the others are removed."""
     for name in ("a-stuck", "b"):
         (lab.paths.captures / name).mkdir(parents=True)
@@ -390,7 +386,7 @@ def full_disk(instances: Instances, *, after: int = 0) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("after", [0, 1])
-async def test_an_end_that_can_not_be_written_down(lab: Lab, after: int) -> None:
+async def test_an_end_that_cannot_be_stored(lab: Lab, after: int) -> None:
     """Neither the server nor the instance goes on as if nothing had been; later all is well."""
     async with lab.running() as instances:
         await running(lab, instances)
@@ -408,7 +404,7 @@ async def test_an_end_that_can_not_be_written_down(lab: Lab, after: int) -> None
 
 
 @pytest.mark.parametrize("verb", ["stop", "standby", "delete"])
-async def test_a_verb_whose_result_can_not_be_written_down(lab: Lab, verb: str) -> None:
+async def test_a_verb_whose_result_cannot_be_stored(lab: Lab, verb: str) -> None:
     """It did its work and could not say so: finished as soon as it can be written."""
     async with lab.running() as instances:
         await running(lab, instances)
@@ -433,7 +429,7 @@ async def test_a_verb_whose_result_can_not_be_written_down(lab: Lab, verb: str) 
 
 
 @pytest.mark.parametrize("verb", ["attach", "detach"])
-async def test_a_volume_that_came_or_went_and_nobody_can_write_it_down(lab: Lab, verb: str) -> None:
+async def test_an_attachment_that_cannot_be_stored(lab: Lab, verb: str) -> None:
     """An attach is taken back, a detach is finished: the record and the VM agree in the end."""
     async with lab.running() as instances:
         await with_volume(lab, instances)
@@ -454,7 +450,7 @@ async def test_a_volume_that_came_or_went_and_nobody_can_write_it_down(lab: Lab,
         await clean_up(lab, instances)
 
 
-async def test_a_start_of_the_workload_that_can_not_be_written_down(lab: Lab) -> None:
+async def test_a_start_of_the_workload_that_cannot_be_stored(lab: Lab) -> None:
     """The agent says so once; it is remembered."""
     async with lab.running() as instances:
         await running(lab, instances)
@@ -475,7 +471,7 @@ async def test_a_start_of_the_workload_that_can_not_be_written_down(lab: Lab) ->
 ZSTD = SnapshotCompressionConfig(enabled=True, algorithm=CompressionAlgorithm.ZSTD)
 
 
-async def test_a_compression_that_a_fork_interrupts_is_begun_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_compression_that_a_fork_interrupts_is_restarted(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     pump = compression._pump
     begun: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Ethernet frames for the tests, made and read by hand so that lies can be told exactly."""
+"""Ethernet frames for the tests, made and read by hand so that any field can be forged."""
 
 from __future__ import annotations
 

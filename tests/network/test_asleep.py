@@ -31,7 +31,7 @@ def icmp(kind: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("packet", "told", "quiet"),
+    ("packet", "expected", "quiet"),
     [
         (tcp(0x02), "tcp from 192.0.2.1 to port 80", False),
         (tcp(0x18, data=b"x"), "tcp from 192.0.2.1 to port 80", False),
@@ -45,10 +45,10 @@ def icmp(kind: int) -> bytes:
         (frames.ipv4(PEER, GUEST, 47, b"gre"), "other from 192.0.2.1", False),
     ],
 )
-def test_what_a_packet_is(packet: bytes, told: str, quiet: bool) -> None:
+def test_what_a_packet_is(packet: bytes, expected: str, quiet: bool) -> None:
     arrival = parse(packet)
     assert arrival is not None
-    assert (str(arrival), arrival.destination, arrival.quiet) == (told, GUEST, quiet)
+    assert (str(arrival), arrival.destination, arrival.quiet) == (expected, GUEST, quiet)
     assert (refusal(arrival) is None) is quiet
 
 
@@ -83,8 +83,8 @@ def test_a_reset_is_one_that_the_sender_accepts(packet: bytes, flags: int, seque
     answer = refusal(arrival)
     assert answer is not None and is_whole(answer)
     assert answer[12:20] == socket.inet_aton(GUEST) + socket.inet_aton(PEER)
-    told = struct.unpack_from("!HHIIBB", answer, 20)
-    assert told == (80, 40000, sequence, acknowledged, 5 << 4, flags)
+    reported = struct.unpack_from("!HHIIBB", answer, 20)
+    assert reported == (80, 40000, sequence, acknowledged, 5 << 4, flags)
 
 
 def test_an_unreachable_quotes_what_it_is_about() -> None:

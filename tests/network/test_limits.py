@@ -150,12 +150,12 @@ def measure(lab: Lab, stack: Stack, lease: Lease, limits: dict[str, int]) -> Non
             rates = {}
             for way, (count, since) in before.items():
                 rates[way] = (passed(lease, way) - count) / (time.monotonic() - since)
-            told = ", ".join(f"{way} {rates[way] / MBIT:.1f} of {limits[way] / MBIT:.0f} Mbit/s" for way in limits)
-            assert all(rates[way] <= limits[way] * (1 + _TOLERANCE) for way in limits), told
+            reported = ", ".join(f"{way} {rates[way] / MBIT:.1f} of {limits[way] / MBIT:.0f} Mbit/s" for way in limits)
+            assert all(rates[way] <= limits[way] * (1 + _TOLERANCE) for way in limits), reported
             if all(rates[way] >= limits[way] * (1 - _TOLERANCE) for way in limits):
-                print(told)
+                print(reported)
                 return
-    raise AssertionError(f"below the limit for {_WINDOWS} seconds: {told}")
+    raise AssertionError(f"below the limit for {_WINDOWS} seconds: {reported}")
 
 
 async def _with_stack(lab: Lab, lease: Lease, use: Callable[[Stack], None]) -> None:

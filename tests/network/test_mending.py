@@ -1,4 +1,4 @@
-"""What others do to our links and rules is noticed, mended and told; what is theirs is left alone."""
+"""Foreign changes to our links and rules are noticed, repaired and logged; links and rules of others are left alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.network.lab import (
 
 
 class Told(logging.Handler):
-    """What the log was told, to wait for."""
+    """What was logged, to wait for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,10 +47,10 @@ class Told(logging.Handler):
 
 @asynccontextmanager
 async def watched(lab: Lab) -> AsyncIterator[Told]:
-    told = Told()
+    reported = Told()
     async with trio.open_nursery() as nursery:
         await nursery.start(lab.network.run)
-        yield told
+        yield reported
         nursery.cancel_scope.cancel()
 
 
@@ -66,7 +66,7 @@ async def _is_fenced(lab: Lab, guest: Guest) -> bool:
 @in_namespace
 async def test_flushed_rules_come_back(lab: Lab) -> None:
     guest = await lab.guest()
-    async with watched(lab) as told:
+    async with watched(lab) as reported:
         for attack in ("flush ruleset", "delete table inet hypeman", "flush chain inet hypeman identity_guest",
                        "flush set inet hypeman guests", "add rule inet hypeman to_world_guest accept",
                        "delete table arp hypeman"):  # fmt: skip
@@ -75,18 +75,18 @@ async def test_flushed_rules_come_back(lab: Lab) -> None:
             assert sh("nft -s list ruleset") != before
             await wait_until(lambda before=before: sh("nft -s list ruleset") == before)  # type: ignore[misc]
             assert await _is_fenced(lab, guest)
-        assert sum("nftables" in line for line in told.lines) >= 6
+        assert sum("nftables" in line for line in reported.lines) >= 6
 
 
 @in_namespace
 async def test_our_own_changes_are_not_taken_for_foreign_ones(lab: Lab) -> None:
-    async with watched(lab) as told:
+    async with watched(lab) as reported:
         for _ in range(3):
             await lab.network.detach((await lab.guest()).lease)
         await lab.network._load_rules()
         sh("nft add table inet somebody")  # noticed after ours, so ours have been seen by then
         await trio.sleep(0.2)
-        assert told.lines == []
+        assert reported.lines == []
 
 
 @in_namespace
@@ -99,7 +99,7 @@ async def test_a_deleted_tap_comes_back_and_its_vmm_is_put_on_it(lab: Lab) -> No
 
     lab.network.on_tap_lost(on_tap_lost)
     guest = await lab.guest(upload_bps=10**6)
-    async with watched(lab) as told:
+    async with watched(lab) as reported:
         sh(f"ip link del {guest.lease.tap}")
         await wait_until(lambda: lost == [guest.lease.instance_id])
         assert await lab.network.plug_in_again(guest.lease, os.getpid())
@@ -108,7 +108,7 @@ async def test_a_deleted_tap_comes_back_and_its_vmm_is_put_on_it(lab: Lab) -> No
         await wait_until(lambda: sh(f"cat /sys/class/net/{guest.lease.tap}/operstate") == "up\n")
         assert await _is_fenced(lab, guest)
         assert lab.network.counters().keys() == {guest.lease.instance_id}
-        assert any(guest.lease.tap in line and "deleted" in line for line in told.lines)
+        assert any(guest.lease.tap in line and "deleted" in line for line in reported.lines)
 
 
 @in_namespace
@@ -128,21 +128,21 @@ async def test_a_tap_taken_down_or_robbed_of_its_route_is_put_right(lab: Lab) ->
 
 @in_namespace
 async def test_a_detached_guest_does_not_come_back(lab: Lab) -> None:
-    async with watched(lab) as told:
+    async with watched(lab) as reported:
         for _ in range(5):
             guest = await lab.guest(upload_bps=10**6)
             await lab.network.detach(guest.lease)
         await trio.sleep(0.3)
         assert await lab.links.ours() == {}
-        assert told.lines == []
+        assert reported.lines == []
 
 
 @in_namespace
 async def test_the_uplink_goes_and_another_comes(lab: Lab) -> None:
     guest = await lab.guest()
-    async with watched(lab) as told:
+    async with watched(lab) as reported:
         lab.unplug(lab.world)
-        await wait_until(lambda: any("uplink is now none" in line for line in told.lines))
+        await wait_until(lambda: any("uplink is now none" in line for line in reported.lines))
         await wait_until(lambda: "up0" not in sh("nft list set inet hypeman uplinks"))
         guest.send_tcp(SERVER, 80)
         refusal = await guest.expect(lambda seen: seen.protocol in (ICMP, TCP))

@@ -54,7 +54,7 @@ def ask(name: str, kind: str = "A", asker: str = WEB) -> tuple[str, list[str]] |
 
 
 @pytest.mark.parametrize(
-    ("name", "asker", "told"),
+    ("name", "asker", "expected"),
     [
         ("db.hypeman.local", WEB, ("NOERROR", [DB])),
         ("DB.Hypeman.Local", WEB, ("NOERROR", [DB])),
@@ -80,12 +80,12 @@ def ask(name: str, kind: str = "A", asker: str = WEB) -> tuple[str, list[str]] |
         ("xhypeman.local", WEB, None),
     ],
 )
-def test_addresses(name: str, asker: str, told: tuple[str, list[str]] | None) -> None:
-    assert ask(name, asker=asker) == told
+def test_addresses(name: str, asker: str, expected: tuple[str, list[str]] | None) -> None:
+    assert ask(name, asker=asker) == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         ("3.0.100.10.in-addr.arpa", ("NOERROR", ["db.hypeman.local."])),
         ("1.0.100.10.in-addr.arpa", ("NOERROR", ["gateway.hypeman.local."])),
@@ -95,8 +95,8 @@ def test_addresses(name: str, asker: str, told: tuple[str, list[str]] | None) ->
         ("100.10.in-addr.arpa", None),
     ],
 )
-def test_names_of_addresses(name: str, told: tuple[str, list[str]] | None) -> None:
-    assert ask(name, "PTR") == told
+def test_names_of_addresses(name: str, expected: tuple[str, list[str]] | None) -> None:
+    assert ask(name, "PTR") == expected
 
 
 def test_a_name_without_such_data_exists() -> None:

@@ -42,8 +42,8 @@ class Sleeping:
         self.from_world(source_port=MARKER)
         marked = MARKER.to_bytes(2, "big")
         await wait_until(lambda: any(each.data[20:22] == marked for each in self.arrived))
-        told, self.arrived = [str(each) for each in self.arrived if each.data[20:22] != marked], []
-        return told
+        output, self.arrived = [str(each) for each in self.arrived if each.data[20:22] != marked], []
+        return output
 
 
 @asynccontextmanager
@@ -74,8 +74,8 @@ async def test_what_reaches_it(lab: Lab) -> None:
         neighbour.ping(address)
         neighbour.send_tcp(HOST, 8080, source_port=4001)
         await wait_until(lambda: len(one.arrived) == 6)
-        told = await one.until_marker()
-        assert sorted(told) == sorted([
+        reported = await one.until_marker()
+        assert sorted(reported) == sorted([
             f"udp from {SERVER} to port 53", f"tcp from {SERVER} to port 80",
             f"tcp from {neighbour.lease.ipv4} to port 22", f"udp from {neighbour.lease.ipv4} to port 7",
             f"icmp from {neighbour.lease.ipv4}", f"tcp from {neighbour.lease.ipv4} to port 80",

@@ -1,6 +1,6 @@
 """The appliance on a bare-metal host without Python: ``make test-metal``.
 
-One story, told in order on one virtual machine in which KVM, vhost-vsock, cgroup v2 and systemd are real
+One sequence on one virtual machine in which KVM, vhost-vsock, cgroup v2 and systemd are real
 (``tests/metal``): install the Debian package, boot guests with KVM, kill, restart and upgrade the server
 while a guest counts and a TCP session stays open, purge; then the same from the tarball, without dpkg. After
 the first test that fails the rest is skipped (``conftest.py``). The file's name keeps it out of `make test`: it wants

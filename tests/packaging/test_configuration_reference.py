@@ -11,6 +11,6 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_reference_is_what_the_types_say() -> None:
     argv = [sys.executable, str(ROOT / "packaging" / "configuration-reference"), "--print"]
-    told = subprocess.run(argv, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    assert told.stdout == (ROOT / "systemd/CONFIGURATION.md").read_text(), "type: make reference"
+    completed = subprocess.run(argv, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout == (ROOT / "systemd/CONFIGURATION.md").read_text(), "type: make reference"

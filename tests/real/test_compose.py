@@ -54,8 +54,8 @@ async def test_directories_of_a_service(appliance: Appliance, tmp_path: Path) ->
     with subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True) as watching:
         assert watching.stderr is not None
         try:
-            told = await trio.to_thread.run_sync(_line_with, watching, "watch    ")
-            assert str(tmp_path / "src") in told
+            reported = await trio.to_thread.run_sync(_line_with, watching, "watch    ")
+            assert str(tmp_path / "src") in reported
             (tmp_path / "src" / "sub").mkdir()
             (tmp_path / "src" / "sub" / "new").write_text("carried in")
             await _until(appliance, (0, "carried in"))

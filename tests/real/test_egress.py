@@ -254,8 +254,8 @@ async def test_the_origin_sees_the_secret_and_the_guest_never_does(mediated: App
 
     code, env = await mediated.exec("one", "env")
     assert code == 0 and "API_KEY=mock-API_KEY" in env and "PLAIN=1" in env and "REAL" not in env
-    told = await mediated.ask("GET", "/instances/one")
-    assert SECRET not in told.text
+    answer = await mediated.ask("GET", "/instances/one")
+    assert SECRET not in answer.text
 
     await mediated.ask("PATCH", "/instances/one", json={"env": {"REAL": ROTATED}})
     assert (await fetch(mediated, seen, f"https://{HOST}/"))["authorization"] == [f"Bearer {ROTATED}"]
@@ -334,8 +334,8 @@ async def _check_operators_see(appliance: Appliance) -> None:
         while len(records := await _requests(appliance)) < 3:
             await trio.sleep(0.1)
     injected = [one for one in records if one["kind"] == "request" and one["host"] == HOST]
-    told = {(one["host"], one["method"], one["status"], one["reason"]) for one in injected}
-    assert told == {(HOST, "GET", 200, "ok")}
+    reported = {(one["host"], one["method"], one["status"], one["reason"]) for one in injected}
+    assert reported == {(HOST, "GET", 200, "ok")}
     assert all(one["injected"] and one["credentials"] == ["API_KEY"] for one in injected)
     lines = [line for line in appliance.log.read_text().splitlines() if "hypeman.egress.audit" in line]
     assert [line for line in lines if f"host={HOST}" in line and "API_KEY" in line]
@@ -343,8 +343,8 @@ async def _check_operators_see(appliance: Appliance) -> None:
 
 
 async def _requests(appliance: Appliance) -> list[dict[str, object]]:
-    told = await appliance.ask("GET", "/instances/one/egress/requests")
-    return [json.loads(event.removeprefix("data: ")) for event in told.text.split("\n\n") if event]
+    answer = await appliance.ask("GET", "/instances/one/egress/requests")
+    return [json.loads(event.removeprefix("data: ")) for event in answer.text.split("\n\n") if event]
 
 
 def _places_with(appliance: Appliance, needle: bytes) -> list[Path]:

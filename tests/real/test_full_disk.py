@@ -52,8 +52,8 @@ class SmallDisk:
                         os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, piece)
 
     def _free(self) -> int:
-        told = os.statvfs(self._path)
-        return told.f_bavail * told.f_frsize
+        reported = os.statvfs(self._path)
+        return reported.f_bavail * reported.f_frsize
 
     def empty(self) -> None:
         self._ballast.unlink(missing_ok=True)
@@ -87,7 +87,7 @@ async def appliance(directory: Path, disk: SmallDisk) -> AsyncIterator[Appliance
 async def test_operations_on_a_full_disk(appliance: Appliance, disk: SmallDisk, rooms: tuple[int, ...]) -> None:
     """With room chosen at random, or (FULL_DISK=all) with ever more."""
     for name, operation in OPERATIONS.items():
-        told = []
+        reported = []
         for room in rooms:
             await operation.prepare(appliance)
             disk.fill(room)
@@ -95,10 +95,10 @@ async def test_operations_on_a_full_disk(appliance: Appliance, disk: SmallDisk, 
             disk.empty()
             where = f"{name} with {room} bytes left: {answer.status_code} {answer.text}"
             check_clear(answer, where)
-            told.append(f"{room >> 10} KB {answer.status_code}")
+            reported.append(f"{room >> 10} KB {answer.status_code}")
             where += f"\n{appliance.log_tail()}"
             await wait_at_rest(appliance, operation.states, where)
             await check_whole(appliance, where)
             await clean_up(appliance)
             appliance.log.write_text("")
-        print(f"\n{name}: {', '.join(told)}")
+        print(f"\n{name}: {', '.join(reported)}")

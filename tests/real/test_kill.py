@@ -117,12 +117,12 @@ async def strike(armed: Appliance, directory: Path, names: list[str], kind: str,
             await operation.prepare(armed)
             spare = (await armed.get("/instances/one"))["id"] if name == FORK_ITSELF else ""
             trigger.set(moment, kind, spare=spare)
-            answer, told = None, "no answer"
+            answer, output = None, "no answer"
             with contextlib.suppress(httpx.TransportError, OSError):  # from a server that was killed
                 answer = await operation.act(armed)
-                told = answer.text
+                output = answer.text
             if struck := trigger.release():
-                where = f"{kind} struck {struck} (moment {moment}) of {name}: {told}"
+                where = f"{kind} struck {struck} (moment {moment}) of {name}: {output}"
                 try:
                     assert answer is not None or kind == "server", where
                     if answer is not None:
@@ -133,7 +133,7 @@ async def strike(armed: Appliance, directory: Path, names: list[str], kind: str,
                     error.add_note(armed.log_tail())
                     raise
             else:
-                assert answer is not None and answer.is_success, f"{name}: {told}"
+                assert answer is not None and answer.is_success, f"{name}: {output}"
             await clean_up(armed)
             armed.log.write_text("")
         trigger.report(f"{name}, {kind} struck")
@@ -168,7 +168,7 @@ async def test_vmm_killed_at_every_moment(armed: Appliance, directory: Path, nam
 
 @groups(OPERATIONS)
 async def test_every_write_fails_once(armed: Appliance, directory: Path, names: list[str]) -> None:
-    """As on a full disk: told clearly, the old state or the new one. The real full disk is in test_full_disk.py."""
+    """As on a full disk: a clear error, the old state or the new one. The real full disk is in test_full_disk.py."""
 
     async def aftermath(name: str, where: str) -> None:
         await wait_at_rest(armed, OPERATIONS[name].states, where)

@@ -241,8 +241,8 @@ async def test_a_deleted_tap_is_mended_under_its_guest(directory: Path) -> None:
             while (await appliance.exec("one", *ping))[0] != 0:
                 await trio.sleep(0.1)
         assert queues(appliance).keys() == before.keys()
-        told = appliance.log.read_text()
-        assert "was deleted by somebody" in told and "put on its TAP again" in told
+        text = appliance.log.read_text()
+        assert "was deleted by somebody" in text and "put on its TAP again" in text
         await appliance.post("/instances/one/standby")
         await appliance.post("/instances/one/restore")
         assert (await appliance.exec("one", *ping))[0] == 0
@@ -303,8 +303,8 @@ class Look(NamedTuple):
 
 
 def queues(appliance: Appliance) -> dict[str, Queue]:
-    told = json.loads(appliance.namespace.run("tc", "-s", "-j", "qdisc", "show"))
-    return {each["dev"]: Queue(each["bytes"], each["backlog"]) for each in told if each["kind"] == "tbf"}
+    document = json.loads(appliance.namespace.run("tc", "-s", "-j", "qdisc", "show"))
+    return {each["dev"]: Queue(each["bytes"], each["backlog"]) for each in document if each["kind"] == "tbf"}
 
 
 def look(appliance: Appliance) -> Look:
@@ -330,15 +330,15 @@ async def measure(appliance: Appliance, limits: dict[str, int]) -> None:
         for device, limit in limits.items():
             passed = last.queues[device].bytes - first.queues[device].bytes
             lowest, highest = passed / (last.end - first.begin), passed / (last.begin - first.end)
-            told = f"{device}: {lowest / MBIT:.1f} to {highest / MBIT:.1f} of {limit / MBIT:.0f} Mbit/s"
-            assert lowest <= limit * (1 + TOLERANCE), told
+            reported = f"{device}: {lowest / MBIT:.1f} to {highest / MBIT:.1f} of {limit / MBIT:.0f} Mbit/s"
+            assert lowest <= limit * (1 + TOLERANCE), reported
             if highest >= limit * (1 - TOLERANCE):
                 if unproved.pop(device, None):
-                    print(told)
+                    print(reported)
             else:
                 bucket = token_bucket(limit)
                 assert bucket is not None
-                assert min(each.queues[device].backlog for each in looks) < bucket.queue // 2, told
+                assert min(each.queues[device].backlog for each in looks) < bucket.queue // 2, reported
         if not unproved:
             return
     print(f"not kept full, so nobody can tell: {unproved}")

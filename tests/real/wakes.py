@@ -1,11 +1,11 @@
 """Requests that find an instance in standby: of every kind, from everywhere, and what became of each.
 
     answered   the right answer came back
-    reported   the peer was told that there is none: a reset, an ICMP error, a 5xx; right only if something was killed
+    reported   the peer received an error: a reset, an ICMP error, a 5xx; right only if something was killed
     lost       anything else: silence, a wrong answer, an end without a word
 
 ``Wakes`` puts instances in standby and asks them at once, in turn by all kinds and from all places, and kills the
-server and VMMs in between if it is told to. ``cabled`` is a server with many guests that are namespaces (cabled.py);
+server and VMMs in between on request. ``cabled`` is a server with many guests that are namespaces (cabled.py);
 ``real`` one with a few real guests.
 """
 
@@ -56,7 +56,7 @@ _CLONE_NEWNET = 0x40000000
 
 
 class Reported(Exception):
-    """The peer was told that there is no answer."""
+    """The peer received an error."""
 
 
 # Peers
@@ -201,7 +201,7 @@ class Tally:
         self.first_byte: list[float] = []
         """Seconds, of undisturbed requests but SSH."""
         self.restore: list[float] = []
-        """Seconds, of the same wakes, as the server tells."""
+        """Seconds, of the same wakes, as the server reports them."""
 
     @property
     def requests(self) -> int:
@@ -294,8 +294,8 @@ class Wakes:
         if kind == "ssh":
             return await _ssh(peer, text, self._key)
         if peer.inside:
-            _, told = await self._appliance.exec(peer.inside, "/echo", peer.behind, "7", stdin=text.encode())
-            return told.strip()
+            _, output = await self._appliance.exec(peer.inside, "/echo", peer.behind, "7", stdin=text.encode())
+            return output.strip()
         answer, again = await peer.datagram(text)
         self.tally.resent += bool(again)
         return answer
@@ -430,8 +430,10 @@ def make_keys(folder: Path) -> Path:
     """The client's key; the server's and what it admits are next to it."""
     for name in ("client", "server"):
         subprocess.run(["dropbearkey", "-t", "ed25519", "-f", folder / name], check=True, capture_output=True)
-    told = subprocess.run(["dropbearkey", "-y", "-f", folder / "client"], check=True, capture_output=True, text=True)
-    public = next(line for line in told.stdout.splitlines() if line.startswith("ssh-"))
+    completed = subprocess.run(
+        ["dropbearkey", "-y", "-f", folder / "client"], check=True, capture_output=True, text=True
+    )
+    public = next(line for line in completed.stdout.splitlines() if line.startswith("ssh-"))
     (folder / "authorized_keys").write_text(public + "\n")
     return folder / "client"
 
@@ -544,8 +546,8 @@ async def real(directory: Path, guests: int, **environ: str) -> AsyncIterator[tu
         await enter(appliance)
         archive = guest_archive(programs)
         for each in (*made, asking):
-            code, told = await appliance.exec(each["name"], "tar", "x", "-C", "/", stdin=archive)
-            assert code == 0, told
+            code, output = await appliance.exec(each["name"], "tar", "x", "-C", "/", stdin=archive)
+            assert code == 0, output
         targets = []
         for number, each in enumerate(made):
             found = places(appliance, world, each, number, "")
@@ -560,8 +562,8 @@ async def relayed(appliance: Appliance, asking: Any, asked: Any, number: int) ->
     address = asked["network"]["ip"]
     for outer, port in {(ports[kind], port) for kind, port in PORTS.items()}:
         command = f"nc -ll -p {outer} -e nc {address} {port} >/dev/null 2>&1 </dev/null &"
-        code, told = await appliance.exec(asking["name"], "sh", "-c", command)
-        assert code == 0, told
+        code, output = await appliance.exec(asking["name"], "sh", "-c", command)
+        assert code == 0, output
     return Place(appliance.namespace.name, asking["network"]["ip"], ports, inside=asking["name"], behind=address)
 
 

@@ -397,9 +397,9 @@ async def test_one_line_a_request_and_no_secret(
         ("GET", "unknown", 404),
     ]
     assert lines[1].path_id == "web"  # type: ignore[attr-defined]
-    told = repr([vars(record) for record in caplog.records])
-    assert "hunter2" not in told
-    assert headers["Authorization"][7:] not in told
+    logged = repr([vars(record) for record in caplog.records])
+    assert "hunter2" not in logged
+    assert headers["Authorization"][7:] not in logged
 
 
 @pytest.mark.parametrize(

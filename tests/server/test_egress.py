@@ -67,9 +67,9 @@ async def test_requests_from_before(ask: Any, mediated: FakeWorld, query: str, s
     assert response.headers["Cache-Control"] == "no-cache"
     events = (await response.get_data()).decode().split("\n\n")
     assert events.pop() == ""
-    told = [json.loads(event.removeprefix("data: ")) for event in events]
-    assert [one["status"] for one in told] == statuses
-    for one in told:
+    document = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert [one["status"] for one in document] == statuses
+    for one in document:
         assert (one["time"], one["credentials"]) == ("2026-01-02T03:04:05Z", ["API_KEY"])
     assert mediated.egress.streams[0].closed
 

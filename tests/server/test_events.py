@@ -165,8 +165,8 @@ async def test_who_called_is_in_the_log_and_is_the_actor(
         while len(lines) < 3:
             await trio.sleep(0.01)
             lines = [record for record in caplog.records if record.message == "request"]
-    told = [{key: getattr(line, key, None) for key in ("subject", "address", "uid", "status")} for line in lines]
-    assert told == [
+    logged = [{key: getattr(line, key, None) for key in ("subject", "address", "uid", "status")} for line in lines]
+    assert logged == [
         {"subject": "tester", "address": "127.0.0.1", "uid": None, "status": 404},
         {"subject": "local", "address": None, "uid": os.getuid(), "status": 404},
         {"subject": None, "address": "127.0.0.1", "uid": None, "status": 401},

@@ -151,9 +151,9 @@ async def test_it_answers_as_documented(
             if operation.answer is not None:
                 msgspec.json.decode(data, type=operation.or_list or operation.answer)
     line = await logged(caplog)
-    told = {key: getattr(line, key, None) for key in ("method", "route", "status", "subject")}
+    reported = {key: getattr(line, key, None) for key in ("method", "route", "status", "subject")}
     subject = "tester" if operation.scopes else None
-    assert told == {"method": operation.method, "route": operation.path, "status": wanted, "subject": subject}
+    assert reported == {"method": operation.method, "route": operation.path, "status": wanted, "subject": subject}
     assert getattr(line, "address", "127.0.0.1") == "127.0.0.1", "of a test without sockets there is none"
     objects = {name: unquote(getattr(line, f"path_{name}")) for name in operation.path_parameters}
     assert objects == {name: values[name] for name in operation.path_parameters}
@@ -190,8 +190,8 @@ async def test_what_is_no_operation_is_logged_too(
             status = int((await stream.receive_some()).split()[1])
     line = await logged(caplog)
     assert status == (401 if not token else 502 if path.startswith("/v2") else 404)
-    told = {key: getattr(line, key, None) for key in ("status", "subject", "address")}
-    assert told == {"status": status, "subject": "tester" if token else None, "address": "127.0.0.1"}
+    reported = {key: getattr(line, key, None) for key in ("status", "subject", "address")}
+    assert reported == {"status": status, "subject": "tester" if token else None, "address": "127.0.0.1"}
     assert "nobody" in vars(line).get("path_id", "") or vars(line).get("path_rest") == "team/app/manifests/v1"
 
 

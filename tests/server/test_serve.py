@@ -54,7 +54,7 @@ async def test_tcp_wants_a_token_and_the_socket_does_not(served: Any, world: Fak
 
 
 @pytest.mark.parametrize(
-    ("path", "status", "told"),
+    ("path", "status", "expected"),
     [
         ("/images/docker.io%2Flibrary%2Falpine:latest", 200, "docker.io/library/alpine:latest"),
         ("/images/docker.io%2flibrary%2falpine%3Alatest", 200, "docker.io/library/alpine:latest"),
@@ -68,13 +68,13 @@ async def test_tcp_wants_a_token_and_the_socket_does_not(served: Any, world: Fak
         ("http://host/health", 200, "ok"),
     ],
 )
-async def test_paths_as_they_come(served: Any, world: FakeWorld, path: str, status: int, told: str) -> None:
+async def test_paths_as_they_come(served: Any, world: FakeWorld, path: str, status: int, expected: str) -> None:
     """Percent signs are decoded once, after the path was matched."""
     await world.images.create_named("alpine")
     async with await trio.open_unix_socket(served.socket_path) as stream:
         got, _, body = await talk(stream, f"GET {path} HTTP/1.1\nHost: x\n\n")
         assert got == status, body
-        assert told in body.decode()
+        assert expected in body.decode()
 
 
 async def test_head(served: Any) -> None:

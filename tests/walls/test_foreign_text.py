@@ -43,9 +43,9 @@ def test_errors_and_warnings_are_one_harmless_line(capsys: pytest.CaptureFixture
     warn(EVIL)
     body = b'{"code":"x\\u001b","message":"m\\u001b[2J\\nforged"}'
     Session().report(ApiError("GET", "/x", 400, body))
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 5
-    assert all(is_harmless(line) for line in told), told
+    reported = capsys.readouterr().err.splitlines()
+    assert len(reported) == 5
+    assert all(is_harmless(line) for line in reported), reported
 
 
 @pytest.mark.parametrize("form", ["auto", "raw", "yaml", "json", "jsonl", "pretty"])

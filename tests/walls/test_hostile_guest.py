@@ -229,7 +229,7 @@ async def test_a_guest_that_answers_a_thaw_badly_does_not_spoil_the_undo(
 async def test_a_vmm_that_never_answers_does_not_keep_its_instance(
     lab: Lab, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has been told to save or load its VM and does neither: the delete waits for a while, and kills it."""
+    """It was requested to save or load its VM and does neither: the delete waits for a while, and kills it."""
     monkeypatch.setattr(lifecycle, "SECONDS_FOR_VMM", 0.1)
     async with lab.running() as instances:
         await running(lab, instances)

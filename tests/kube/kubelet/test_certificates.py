@@ -33,7 +33,7 @@ CLIENT = Identity("node1", CLIENT_SIGNER)
 
 
 class Cluster(ApiClient):
-    """Signs what is requested, as told."""
+    """Signs what is requested, as configured."""
 
     def __init__(self, *, life: timedelta = timedelta(days=1)) -> None:
         self.requests: list[dict[str, Any]] = []
