@@ -159,7 +159,7 @@ async def test_what_rests_is_there_again_and_what_ran_is_not(lab: Lab, file: Pat
         assert (await restored.snapshots(instances).get(kept.id)).id == kept.id
 
 
-async def test_a_file_that_changes_meanwhile_makes_no_backup(
+async def test_a_file_that_changes_during_a_backup_fails_it(
     lab: Lab, paths: Paths, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await fill(lab)

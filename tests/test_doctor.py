@@ -52,7 +52,7 @@ async def test_what_is_here_and_what_is_not(tmp_path: Path, monkeypatch: pytest.
     assert reported["firecracker"].verdict == Verdict.OK and "not installed" in reported["firecracker"].message
 
 
-async def test_a_server_without_qemu_is_told_what_to_install(tmp_path: Path) -> None:
+async def test_a_server_without_qemu_names_what_to_install(tmp_path: Path) -> None:
     config = Config()
     settings = msgspec.structs.replace(config.hypervisor, qemu_binary=str(tmp_path / "missing"))
     reported = await findings(msgspec.structs.replace(config, hypervisor=settings))
@@ -62,7 +62,7 @@ async def test_a_server_without_qemu_is_told_what_to_install(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("kvm_works")
 @pytest.mark.parametrize(("abi", "words"), [(3, ", behind landlock"), (2, "not behind landlock")])
-async def test_walls_that_the_kernel_has_not_are_told(
+async def test_missing_kernel_features_for_isolation_are_reported(
     abi: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "landlock_abi", lambda: abi)

@@ -33,7 +33,7 @@ def test_tags() -> None:
             check_tags(bad)
 
 
-def test_a_filter_wants_all_its_pairs() -> None:
+def test_a_filter_requires_all_its_pairs() -> None:
     assert tags_match({"a": "1", "b": "2"}, {"a": "1"})
     assert tags_match({}, {})
     assert not tags_match({"a": "1"}, {"a": "1", "b": "2"})

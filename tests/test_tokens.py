@@ -87,7 +87,7 @@ def test_what_is_refused_is_not_remembered() -> None:
     assert len(verifier._known) <= 1000
 
 
-def test_without_a_secret_nobody_gets_in() -> None:
+def test_without_a_secret_every_token_is_refused() -> None:
     with pytest.raises(Unauthorized):
         verify(signed(), "")
     with pytest.raises(InvalidRequest):

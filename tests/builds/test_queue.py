@@ -135,7 +135,7 @@ async def ended_slowly(builds: Builds, build_id: str) -> Any:
 
 
 @pytest.mark.parametrize("failure", [BuildFailed("step 3: exit code 1"), Conflict("the host is full"), ValueError("?")])
-async def test_a_failure_is_recorded_and_the_queue_goes_on(bench: Bench, failure: Exception) -> None:
+async def test_a_failure_is_recorded_and_the_queue_continues(bench: Bench, failure: Exception) -> None:
     async with bench.serving() as builds:
         await builds.create_builder(CreateBuilderRequest(id="b"))
         made, following = await builds.create(form(builder_id="b")), await builds.create(form(builder_id="b"))

@@ -67,7 +67,7 @@ def test_run_pulls_waits_creates(cli: Any, server: Any) -> None:
     assert (again.exit_code, "already" in again.stderr) == (1, True)
 
 
-def test_run_tells_why_a_pull_failed(cli: Any, server: Any) -> None:
+def test_run_reports_why_a_pull_failed(cli: Any, server: Any) -> None:
     name, made = "docker.io/library/bad:latest", datetime(2026, 1, 2, tzinfo=UTC)
     failed = Image(name, "sha256:0", ImageStatus.FAILED, made, error="no disk")
     server.world.images.images[failed.name] = failed
@@ -549,7 +549,7 @@ def test_an_upload_that_is_refused_says_why(server: Any, tmp_path: Path) -> None
     assert (done.exit_code, "401 Unauthorized" in done.stderr) == (1, True), done.stderr
 
 
-def test_serve_that_can_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_reports_that_it_cannot_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def main(config: Any) -> None:
         raise ExceptionGroup("nursery", [ExceptionGroup("inner", [ServeError("port 1 is taken")])])
 
@@ -560,7 +560,7 @@ def test_serve_that_can_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (done.exit_code, done.stderr) == (1, "Error: port 1 is taken\n")
 
 
-def test_how_a_pull_is_told() -> None:
+def test_how_a_pull_is_displayed() -> None:
     def line(status: str, **fields: Any) -> str:
         return progress_line({"status": status, **fields.pop("image", {})}, fields or None)
 

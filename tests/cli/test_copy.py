@@ -79,7 +79,7 @@ def test_a_tree_in(cli: Any, server: Any, tmp_path: Path) -> None:
     assert set(server.world.instances.files) == {"/tmp", "/tmp/a", "/tmp/link", "/tmp/sub", "/tmp/sub/b"}
 
 
-def test_a_directory_that_can_not_be_read(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_cannot_be_read(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not left out without a word."""
     (tmp_path / "tree" / "sub").mkdir(parents=True)
     scandir = os.scandir
@@ -282,7 +282,7 @@ def test_a_symlink_through_a_symlink_is_no_way_out(cli: Any, server: Any, tmp_pa
         assert link_path.resolve().is_relative_to(place / "d"), f"{link_path} leads to {link_path.resolve()}"
 
 
-def test_a_directory_that_is_exchanged_meanwhile(tmp_path: Path) -> None:
+def test_a_directory_that_is_replaced_during_a_copy(tmp_path: Path) -> None:
     """Another program of the user's replaces a directory by a symlink between two entries."""
     outside, place = tmp_path / "outside", tmp_path / "place"
     outside.mkdir()

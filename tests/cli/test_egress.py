@@ -68,7 +68,7 @@ def test_requests_as_they_end(cli: Any, server: Any) -> None:
 
 
 @pytest.mark.usefixtures("web")
-def test_what_a_guest_chose_can_not_steer_the_terminal(cli: Any, server: Any) -> None:
+def test_text_of_a_guest_cannot_control_the_terminal(cli: Any, server: Any) -> None:
     server.world.egress.records["web"] = [msgspec.structs.replace(RECORD, method="\x1b[2J")]
     assert "\x1b" not in cli("egress", "requests", "web").stdout
 

@@ -96,7 +96,7 @@ def test_input_is_whole_over_an_upgrade(tmp_path: Path, agent: Agent) -> None:
     assert target.read_bytes() == data
 
 
-def test_a_terminal_goes_on_with_the_size_it_has_now(tmp_path: Path, agent: Agent) -> None:
+def test_a_resumed_terminal_has_its_current_size(tmp_path: Path, agent: Agent) -> None:
     with Upgraded(tmp_path, agent) as first:
         opened = Terminal(sys.executable, "-m", "hypeman", "--base-url", first.url, "exec", "-it", "web", "sh")
         opened.type(b"A=kept; echo re${A}y\n")
@@ -124,7 +124,7 @@ def test_a_command_that_is_ended_ends_its_program(tmp_path: Path, agent: Agent, 
     running.communicate()
 
 
-def test_a_program_that_is_gone_is_an_error_at_once(tmp_path: Path, agent: Agent) -> None:
+def test_a_program_that_is_gone_is_an_immediate_error(tmp_path: Path, agent: Agent) -> None:
     with Upgraded(tmp_path, agent) as first:
         running = execute(first, "web", "--", "sh", "-c", "echo here; exec sleep 1000")
         assert running.stdout is not None

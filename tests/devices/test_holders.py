@@ -46,7 +46,7 @@ def held(tree: Tree, uplink: str = "") -> dict[str, str]:
     return holders(tree.root, tree.root / "proc", uplink=uplink)
 
 
-def test_nobody_without_mounts_and_routes(host: Tree) -> None:
+def test_no_holder_without_mounts_and_routes(host: Tree) -> None:
     assert held(host) == {}
 
 

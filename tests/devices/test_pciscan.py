@@ -46,7 +46,7 @@ def test_reads_every_field(make: Make, tree: Tree) -> None:
     ]
 
 
-def test_reads_single_files_where_uevent_tells_nothing(make: Make, tree: Tree) -> None:
+def test_reads_single_files_where_uevent_is_empty(make: Make, tree: Tree) -> None:
     path = tree.add(FakeFunction(address="0000:01:00.0"))
     (path / "uevent").unlink()
     assert make(str(tree.root)).scan()[0][1:6] == (0x8086, 0x10D3, 0x020000, 0x8086, 0xA01F)
@@ -106,7 +106,7 @@ def test_a_missing_directory_is_an_error_naming_it(make: Make, tmp_path: Path) -
             ask()
 
 
-def test_look_tells_drivers_that_changed_devices_gone_new_and_replaced(make: Make, tree: Tree) -> None:
+def test_look_reports_changed_drivers_and_devices_gone_new_or_replaced(make: Make, tree: Tree) -> None:
     tree.add_all(FakeFunction(address=f"0000:0{n}:00.0") for n in range(6))
     scanner = make(str(tree.root))
     before = scanner.scan()

@@ -64,7 +64,7 @@ def test_back() -> None:
     )  # fmt: skip
 
 
-def test_a_gpu_lets_go_of_its_persistence_first_and_gets_it_back_last() -> None:
+def test_persistence_of_a_gpu_ends_first_and_returns_last() -> None:
     taken = binding("nvidia", persistence=True)
     assert plan_bind(taken, Now("nvidia", ""))[0] == SetPersistence(A, on=False)
     assert plan_return(taken, Now("vfio-pci", "vfio-pci"))[-1] == SetPersistence(A, on=True)

@@ -107,7 +107,7 @@ async def test_what_the_host_needs_is_refused(machine: Machine, devices: Devices
         await register(devices, DISK)
 
 
-async def test_available_lists_what_can_be_passed_and_why_the_rest_can_not(devices: Devices) -> None:
+async def test_available_lists_what_can_be_passed_and_why_the_rest_cannot(devices: Devices) -> None:
     assert [device.pci_address for device in await devices.available()] == [GPU, AUDIO, NIC, DISK, SPARE]
     everything = {device.pci_address: device for device in await devices.available(everything=True)}
     assert everything[PORT].reason == "is a bridge"
@@ -115,7 +115,7 @@ async def test_available_lists_what_can_be_passed_and_why_the_rest_can_not(devic
     assert everything[SPARE].current_driver is None
 
 
-async def test_a_device_in_use_can_not_be_deleted(store: Store, devices: Devices) -> None:
+async def test_a_device_in_use_cannot_be_deleted(store: Store, devices: Devices) -> None:
     await register(devices, NIC, "nic")
     await claim(store, devices, "one", "nic")
     assert devices.get("nic").attached_to == "one"
@@ -136,7 +136,7 @@ async def test_claims_by_id_or_name_in_the_order_asked_for(store: Store, devices
     assert devices.sysfs_paths("two") == ()
 
 
-async def test_claims_that_can_not_be(store: Store, devices: Devices) -> None:
+async def test_impossible_claims_are_refused(store: Store, devices: Devices) -> None:
     await register(devices, NIC, "nic")
     with pytest.raises(NotFound) as error:
         await claim(store, devices, "one", "nic", "no")
@@ -283,7 +283,7 @@ async def test_a_bind_cancelled_at_any_write_leaves_all_as_it_was(
     assert stopped >= count - 1
 
 
-async def test_a_driver_that_never_lets_go_does_not_hang_the_server(
+async def test_a_driver_that_never_unbinds_does_not_hang_the_server(
     tree_root: Path, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The bind fails when time is up, the device stays ours to give back, and is when the kernel returns."""
@@ -430,7 +430,7 @@ async def test_a_stranger_in_the_group_stops_it(machine: Machine, store: Store, 
         await devices.bind("one")
 
 
-async def test_the_persistence_daemon_lets_go_of_one_gpu_only(
+async def test_the_persistence_daemon_releases_one_gpu_only(
     machine: Machine, store: Store, devices: Devices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.tree.set_driver(GPU, "nvidia")
@@ -624,7 +624,7 @@ async def test_a_late_release_never_clears_the_next_owners_type(
         gate.set()
 
 
-async def test_a_type_that_somebody_else_set_is_neither_taken_nor_cleared(
+async def test_a_type_that_others_set_is_neither_taken_nor_cleared(
     with_vendor: tuple[Machine, Devices], store: Store
 ) -> None:
     machine, devices = with_vendor
@@ -635,7 +635,7 @@ async def test_a_type_that_somebody_else_set_is_neither_taken_nor_cleared(
     assert "vgpu=1414" in render(machine.tree)
 
 
-async def test_the_cards_are_told_where_there_are_no_vgpus(store: Store, devices: Devices) -> None:
+async def test_the_cards_are_reported_where_there_are_no_vgpus(store: Store, devices: Devices) -> None:
     status = await devices.gpu_status()
     assert status is not None
     assert (status.mode, status.total_slots, status.used_slots) == ("passthrough", 1, 0)

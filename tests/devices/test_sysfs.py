@@ -30,7 +30,7 @@ async def test_errors_name_the_path_and_the_reason(tmp_path: Path) -> None:
         await Sysfs(tmp_path).write("none", "x", subject="s")
 
 
-async def test_a_write_that_blocks_is_given_up_and_others_go_on(
+async def test_a_write_that_blocks_is_abandoned_and_others_continue(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A FIFO without a reader blocks as a driver does. Its subject stays refused until it came back."""

@@ -75,7 +75,7 @@ async def test_the_actor_is_that_of_the_write(store: Store) -> None:
     assert actors == {"alice": "alice", "bob": "bob", "nobody": None}
 
 
-async def test_cursors_go_on_after_a_restart_and_are_never_reused(tmp_path: Path) -> None:
+async def test_cursors_continue_after_a_restart_and_are_never_reused(tmp_path: Path) -> None:
     for expected in (1, 2, 3):
         store = Store.open(tmp_path / "store")
         async with store.serving():
@@ -223,7 +223,7 @@ async def test_an_idle_follower_gets_a_heartbeat(store: Store, autojump_clock: t
     assert follower.cursor == 2, "it moves on even where nothing matches"
 
 
-async def test_a_follower_that_is_too_slow_is_told(store: Store) -> None:
+async def test_a_follower_that_is_too_slow_gets_an_error(store: Store) -> None:
     """And holds nothing up: the writer does not know that it exists."""
     log_service = Events(store, max_count=100, max_age=timedelta(days=1))
     await store.write(lambda txn: log.limit_count(txn, 3))

@@ -371,7 +371,7 @@ def test_a_node_program_that_is_replaced_changes_nothing(fleet: Fleet) -> None:
         assert {each["status"]["containerStatuses"][0]["restartCount"] for each in after} == {0}
 
 
-def test_pods_go_on_while_there_is_no_api_server(fleet: Fleet) -> None:
+def test_pods_keep_running_without_an_api_server(fleet: Fleet) -> None:
     """Longer than the nodes' grace, shorter than the pods' toleration: the cluster comes back to what it had."""
     with fleet.namespace() as namespace:
         fleet.control.apply(deployment("web", namespace, 3, affinity=without_real(), tolerations=gone_after(300)))

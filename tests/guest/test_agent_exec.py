@@ -39,12 +39,12 @@ async def wait_until(condition: Callable[[], bool]) -> None:
             await trio.sleep(0.01)
 
 
-async def test_output_streams_stay_apart_and_the_code_is_told(client: GuestClient) -> None:
+async def test_output_streams_stay_apart_and_the_code_is_reported(client: GuestClient) -> None:
     result, out, err = await run(client, "sh", "-c", "echo out; echo err >&2; exit 7")
     assert (result.exit_code, out, err) == (7, b"out\n", b"err\n")
 
 
-async def test_a_program_of_the_agents_ends_at_once_and_says_nothing(client: GuestClient) -> None:
+async def test_a_program_of_the_agent_ends_immediately_and_silently(client: GuestClient) -> None:
     """It takes what an exec takes, for guests in which nothing may run yet."""
     with trio.fail_after(20):
         reply, error, ended = await client.call(Op.WARM, None)
@@ -85,7 +85,7 @@ async def test_environment_and_working_directory(client: GuestClient, tmp_path: 
         (("",), 127, "not found"),
     ],
 )
-async def test_what_can_not_be_started_says_why(
+async def test_a_program_that_cannot_be_started_says_why(
     client: GuestClient, argv: tuple[str, ...], code: int, words: str
 ) -> None:
     result, _, _ = await run(client, *argv)

@@ -41,7 +41,7 @@ async def start(client: GuestClient, *argv: str) -> ExecSession:
     return session
 
 
-async def test_output_goes_on_where_the_client_was(agent: Agent) -> None:
+async def test_output_continues_where_the_client_was(agent: Agent) -> None:
     """Whatever the client had acknowledged, and wherever it was cut off."""
     rng = random.Random(3)
     key, had, result, visits = b"", b"", None, 0
@@ -79,7 +79,7 @@ async def test_the_exit_code_waits_for_its_client(agent: Agent) -> None:
             await client.resume(session.key, 0)
 
 
-async def test_input_goes_on_where_the_guest_was(agent: Agent, tmp_path: Path) -> None:
+async def test_input_continues_where_the_guest_was(agent: Agent, tmp_path: Path) -> None:
     data = random.Random(5).randbytes(1_500_000)
     target = tmp_path / "root" / "all"
     key, sent = b"", 0

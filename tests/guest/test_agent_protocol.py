@@ -120,7 +120,7 @@ def test_every_cut(agent: Agent, name: str) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 5, 11, 12, 13, 200, 211, 215])
-def test_a_new_host_is_heard_in_the_middle_of_an_old_frame(agent: Agent, cut: int) -> None:
+def test_a_new_host_is_recognised_in_the_middle_of_an_old_frame(agent: Agent, cut: int) -> None:
     """As after a host's death on a virtio-serial port: the beginning of a frame, then somebody else's greeting."""
     first = Host(agent)
     first.check()

@@ -113,7 +113,7 @@ async def test_the_clock_of_a_restored_guest_is_corrected_when_it_is_thawed(
 
 
 @pytest.mark.parametrize("told", [b"", FieldWriter().u64(Tag.CLOCK_NS, 2**64 - 1).render()])
-async def test_a_guest_that_tells_no_time(monkeypatch: pytest.MonkeyPatch, told: bytes) -> None:
+async def test_a_guest_that_reports_no_time(monkeypatch: pytest.MonkeyPatch, told: bytes) -> None:
     ours, _ = trio.testing.memory_stream_pair()
     client = GuestClient(ours, nonce=bytes(16))
 
@@ -128,7 +128,7 @@ async def test_a_guest_that_tells_no_time(monkeypatch: pytest.MonkeyPatch, told:
     await client.run_beside()  # gives up, quietly
 
 
-async def test_the_agent_tells_its_time_and_leaves_the_machine_alone(client: GuestClient, agent: Agent) -> None:
+async def test_the_agent_reports_its_time_and_does_not_change_the_clock(client: GuestClient, agent: Agent) -> None:
     """Where it is not process 1 of a guest, a correction changes nothing."""
     before = clock.host_step()
     sample = await client.read_clock()

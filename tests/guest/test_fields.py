@@ -56,7 +56,7 @@ def test_file_names_that_are_no_utf8_survive() -> None:
     assert parse_text(value) == "a\udcffb"
 
 
-def test_what_can_not_be_sent_is_refused_by_name() -> None:
+def test_a_field_that_cannot_be_sent_is_refused_by_name() -> None:
     with pytest.raises(InvalidRequest, match="arg contains a NUL"):
         FieldWriter().text(Tag.ARG, "a\0b")
     with pytest.raises(InvalidRequest, match="path is no text"):

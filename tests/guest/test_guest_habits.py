@@ -157,7 +157,7 @@ async def test_files_of_a_volume_are_mounted_one_by_one(kernel: Path, image: Pat
     assert kept.stdout == "changed\n"
 
 
-async def test_a_volume_that_is_too_small_for_it_is_told(kernel: Path, image: Path, tmp_path: Path) -> None:
+async def test_a_volume_that_is_too_small_is_reported(kernel: Path, image: Path, tmp_path: Path) -> None:
     config = boot_config("sleep", "1000", volumes=(GuestVolume("v-data", "/bin"),))
     disks = [("v-data", make_overlay(tmp_path / "v-data", "2M"), False)]
     async with booted(config, image, kernel, tmp_path, disks=disks) as guest:

@@ -277,7 +277,7 @@ async def check_copy(client: GuestClient, megabytes: int = 32) -> None:
         ("kill -KILL $$", Exited(137, signal=9, oom=False)),
     ],
 )
-async def test_ends_are_told_apart(
+async def test_ends_are_distinguished(
     kernel: Path, busybox_root: Path, tmp_path: Path, script: str, expected: Exited
 ) -> None:
     config = boot_config("sh", "-c", f"sleep 1; exec {script}" if script.startswith("tail") else f"sleep 1; {script}")
@@ -286,7 +286,9 @@ async def test_ends_are_told_apart(
     assert parse_outcome(guest.boot_disk, config.nonce) == expected
 
 
-async def test_a_missing_program_is_told_and_ends_the_guest(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
+async def test_a_missing_program_is_reported_and_ends_the_guest(
+    kernel: Path, busybox_root: Path, tmp_path: Path
+) -> None:
     config = boot_config("no-such-program")
     async with booted(config, busybox_root, kernel, tmp_path) as guest, guest.connect() as client:
         events = await collect_end(guest, client)
@@ -297,7 +299,7 @@ async def test_a_missing_program_is_told_and_ends_the_guest(kernel: Path, busybo
     assert b"executable file not found" in guest.console
 
 
-async def test_nobody_has_to_listen(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
+async def test_a_guest_runs_without_a_host_on_its_channel(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
     """A host that is away does not keep a guest from ending, and reads the result from the disk."""
     config = boot_config("sh", "-c", "echo done; exit 9")
     async with booted(config, busybox_root, kernel, tmp_path) as guest:
@@ -306,7 +308,7 @@ async def test_nobody_has_to_listen(kernel: Path, busybox_root: Path, tmp_path: 
     assert guest.console == b"done\n"
 
 
-async def test_a_broken_disk_is_told_and_ends_the_guest(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
+async def test_a_broken_disk_is_reported_and_ends_the_guest(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
     (tmp_path / "overlay.raw").write_bytes(bytes(1 << 20))
     config = boot_config("sleep", "1000")
     async with booted(config, busybox_root, kernel, tmp_path) as guest:

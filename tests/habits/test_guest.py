@@ -110,7 +110,7 @@ async def check_kernel_options(client: GuestClient) -> None:
     assert [name for name in (DOCKER_NEEDS + PODMAN_NEEDS).split() if f"CONFIG_{name}=y" not in options] == []
 
 
-async def test_a_sysctl_that_the_kernel_refuses_is_told(kernel: Path, image: Path, tmp_path: Path) -> None:
+async def test_a_sysctl_that_the_kernel_refuses_is_reported(kernel: Path, image: Path, tmp_path: Path) -> None:
     config = boot_config("start", sysctls=("vm.no_such_thing=1",))
     async with booted(config, image, kernel, tmp_path) as guest:
         await guest.wait_exit()

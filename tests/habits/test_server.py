@@ -34,7 +34,7 @@ ENDS = (
 )
 
 
-async def test_ends_are_told_in_the_words_of_the_contract(appliance: Appliance) -> None:
+async def test_ends_are_reported_in_the_words_of_the_contract(appliance: Appliance) -> None:
     found: dict[int, tuple[int, str]] = {}
 
     async def run_one(number: int) -> None:

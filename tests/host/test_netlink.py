@@ -59,7 +59,7 @@ def test_nested_attributes_are_marked_and_hold_others() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_nonsense_is_read_without_harm(data: bytes) -> None:
+def test_malformed_packets_are_read_without_harm(data: bytes) -> None:
     assert all(len(packet.body) <= len(data) for packet in packets(data))
     assert all(len(value) <= len(data) for _, value in attributes(data))
 
@@ -76,7 +76,7 @@ def test_sockets_can_be_opened_and_closed() -> None:
 
 
 @in_namespace
-async def test_the_kernels_own_words_are_told() -> None:
+async def test_errors_contain_the_kernels_message() -> None:
     """A batch goes on behind the message that was refused, and the first refusal is raised."""
     netlink = Netlink()
     header = struct.pack("=BxHiII", 0, 0, 0, 0, 0)
@@ -110,7 +110,7 @@ async def test_a_transaction_of_rules_is_all_or_nothing() -> None:
 
 
 @in_namespace
-async def test_what_nft_refuses_is_told() -> None:
+async def test_an_error_of_nft_is_reported() -> None:
     rules = Rules()
     with pytest.raises(HostError, match=r"nft refused: /dev/stdin:1:\d+.*syntax error"):
         await rules.load("table inet hypeman { nonsense }\n")
@@ -189,7 +189,7 @@ async def test_removals_that_meet_share_one() -> None:
 
 
 @in_namespace
-async def test_lost_notifications_are_told() -> None:
+async def test_lost_notifications_are_reported() -> None:
     monitor = Monitor(NETLINK_ROUTE, (1,), settle=0)
     monitor._socket.setsockopt(1, 8, 1)  # SO_RCVBUF, as small as the kernel allows
     for number in range(30):

@@ -78,7 +78,7 @@ async def test_output_goes_to_the_log_and_is_appended(processes: Processes, tmp_
     assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
 
 
-async def test_it_has_just_what_it_was_given(processes: Processes, tmp_path: Path) -> None:
+async def test_it_has_only_what_it_was_given(processes: Processes, tmp_path: Path) -> None:
     """Only the listed descriptors under their own numbers, a session of its own, an empty environment."""
     given = open_for_child(str(tmp_path / "given"), os.O_WRONLY | os.O_CREAT)
     withheld = os.open(tmp_path / "withheld", os.O_WRONLY | os.O_CREAT)
@@ -106,7 +106,7 @@ async def test_it_has_just_what_it_was_given(processes: Processes, tmp_path: Pat
 
 
 @as_root
-async def test_it_is_unprivileged_and_can_not_become_root(processes: Processes, tmp_path: Path) -> None:
+async def test_it_is_unprivileged_and_cannot_become_root(processes: Processes, tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     script = "id -u; id -g; id -G; grep -E 'NoNewPrivs|CapEff|CapPrm' /proc/self/status; readlink /proc/self/ns/net"
     process = await processes.spawn(program(tmp_path, "/bin/sh", "-c", script, uid=12345, gid=12346))
@@ -188,7 +188,7 @@ async def test_a_marked_one_is_found_though_its_environment_was_emptied(processe
         await end(process)
 
 
-async def test_one_that_stands_still_is_told_from_others(processes: Processes, tmp_path: Path) -> None:
+async def test_a_stopped_process_is_distinguished_from_others(processes: Processes, tmp_path: Path) -> None:
     process = await processes.spawn(program(tmp_path, "/bin/sleep", "60"))
     try:
         for number, stopped in ((signal.SIGSTOP, True), (signal.SIGCONT, False)):
@@ -209,7 +209,7 @@ async def test_one_that_ends_at_once_is_waited_for_all_the_same(processes: Proce
         process.close()
 
 
-async def test_what_can_not_be_started_leaves_nothing(processes: Processes, tmp_path: Path) -> None:
+async def test_a_program_that_cannot_be_started_leaves_nothing(processes: Processes, tmp_path: Path) -> None:
     with pytest.raises(SpawnFailed, match="No such file"):
         await processes.spawn(program(tmp_path, "/no/such/program"))
     with pytest.raises(SpawnFailed, match="confined"):

@@ -67,7 +67,7 @@ def test_cut_into_any_pieces(cuts: list[int]) -> None:
         GREETING.strip(),
     ],
 )
-def test_nonsense_after_the_greeting_is_refused_for_good(line: bytes) -> None:
+def test_malformed_data_after_the_greeting_is_refused_for_good(line: bytes) -> None:
     codec = QmpCodec()
     codec.receive_data(GREETING)
     with pytest.raises(QmpError):

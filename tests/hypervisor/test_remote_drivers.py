@@ -116,7 +116,7 @@ async def test_what_the_vmm_said_is_in_the_error(make_driver: Make, make_config:
             await make_driver(kind).launch(msgspec.structs.replace(config, kernel="/no/such/kernel"))
 
 
-async def test_a_console_that_can_not_be_reopened_is_rotated(make_driver: Make, make_config: MakeConfig) -> None:
+async def test_a_console_that_cannot_be_reopened_is_rotated(make_driver: Make, make_config: MakeConfig) -> None:
     for kind in KINDS:
         config = make_config(kind)
         async with ending(await make_driver(kind).launch(config)) as vmm:
@@ -228,7 +228,7 @@ def test_events_are_taken_apart_wherever_they_are_cut() -> None:
         assert first + second == [Event("vm", "booted"), Event("vm", "rebooting")] and rest == b""
 
 
-def test_what_they_can_not_run_is_refused() -> None:
+def test_a_vm_that_they_cannot_run_is_refused() -> None:
     config = config_maker(Path("/tmp"), Path("/kernel"), None)("refused")
     shutil.rmtree("/tmp/refused")
     with pytest.raises(NotSupported):

@@ -91,7 +91,7 @@ async def test_descriptors_travel_with_the_request(server: Server) -> None:
         (b"", "without a word"),
     ],
 )
-async def test_a_refusal_is_told_in_the_vmms_own_words(server: Server, body: bytes, said: str) -> None:
+async def test_a_refusal_has_the_vmms_message(server: Server, body: bytes, said: str) -> None:
     server.answer = answer(body, "400 Bad Request")
     with pytest.raises(ApiRefused, match=said) as caught:
         await UnixHttp(server.path).request("PUT", "/drives/x", {})
@@ -111,7 +111,7 @@ async def test_a_refusal_is_told_in_the_vmms_own_words(server: Server, body: byt
     ],
     ids=["no HTTP", "nothing", "no JSON", "no text", "cut", "endless head", "endless body"],
 )
-async def test_nonsense_is_no_answer(server: Server, nonsense: bytes) -> None:
+async def test_a_malformed_answer_is_an_error(server: Server, nonsense: bytes) -> None:
     server.answer = nonsense
     with trio.fail_after(30), pytest.raises((VmmBroken, VmmGone)):
         await UnixHttp(server.path).request("GET", "/")

@@ -103,7 +103,9 @@ async def test_many_short_answers(registry: FaultyRegistry, make_images: Start) 
 
 
 @pytest.mark.parametrize("left", ["a part", "a damaged part", "all", "too much"])
-async def test_restart_goes_on(left: str, registry: FaultyRegistry, make_images: Start, paths: Paths) -> None:
+async def test_a_download_resumes_after_a_restart(
+    left: str, registry: FaultyRegistry, make_images: Start, paths: Paths
+) -> None:
     """A server that stops in a download leaves what it has; the next one asks for the rest, and checks all of it."""
     data = os.urandom(3 << 20)
     files = ImageFiles([tar(entry("data", data=data))], compression="none")

@@ -259,7 +259,7 @@ async def test_a_rejected_validation_tries_the_other_challenge_next(tmp_path: Pa
         await here.until(lambda: "can be answered on our ports" in here.acme.error("b.com"))
 
 
-async def test_what_stops_in_the_middle_goes_on_with_the_same_order(tmp_path: Path) -> None:
+async def test_an_interrupted_run_continues_with_the_same_order(tmp_path: Path) -> None:
     async with running(tmp_path) as here:
         here.ca.fails["finalize"] = AcmeError("later", "serverInternal")
         await here.acme.use(["a.com"])
@@ -303,7 +303,7 @@ async def test_an_account_that_the_ca_has_forgotten_is_asked_for_again_with_its_
         assert here.store.read(lambda txn: txn.get(ACCOUNTS, SETTINGS.account)) == AccountRow(account.key, "")
 
 
-async def test_a_fault_of_ours_is_no_order_in_a_loop_and_no_end(tmp_path: Path) -> None:
+async def test_an_internal_error_causes_no_loop_of_orders_and_no_end(tmp_path: Path) -> None:
     async with running(tmp_path) as here:
         here.ca.fails["finalize"] = cast(AcmeError, RuntimeError("a fault"))
         await here.acme.use(["a.com"])
@@ -421,7 +421,7 @@ def test_every_answer_of_a_ca_is_an_error_at_most(
         ca.close()
 
 
-def test_a_ca_that_nobody_vouches_for_is_not_spoken_to(tmp_path: Path) -> None:
+def test_a_ca_with_an_unverified_certificate_is_not_used(tmp_path: Path) -> None:
     with serving(tmp_path, 200, b"{}", {}) as settings:
         other = trustme.CA()
         other.cert_pem.write_to_path(str(tmp_path / "other.pem"))

@@ -98,7 +98,7 @@ def failing_call(here: World, name: str) -> grpc.StatusCode:
     return code
 
 
-async def test_what_a_client_is_told() -> None:
+async def test_errors_that_clients_receive() -> None:
     """By the status of HTTP, which every client of gRPC translates: unavailable may be tried again."""
     async with world(http_guest(shows_head)) as here:
         for name, code in [

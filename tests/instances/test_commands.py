@@ -238,7 +238,7 @@ async def test_a_command_that_fails_says_why_in_the_instances_log(lab: Lab) -> N
         await clean_up(lab, instances)
 
 
-async def test_changes_are_attributed_to_who_caused_them_and_to_nobody_else(lab: Lab) -> None:
+async def test_changes_are_attributed_only_to_who_caused_them(lab: Lab) -> None:
     """Also by the instance's own task, which began in the request of the one who created it."""
     async with lab.running() as instances:
         with acting(Actor("ann")):

@@ -676,7 +676,7 @@ async def test_a_guest_that_ends_is_cleaned_up_after(lab: Lab) -> None:
         assert not lab.network.taps.there
 
 
-async def test_a_delete_asks_the_guest_to_shut_down_unless_told_not_to(lab: Lab) -> None:
+async def test_a_delete_shuts_the_guest_down_unless_it_is_forced(lab: Lab) -> None:
     async with lab.running() as instances:
         for name, graceful, shutdowns in (("one", True, 1), ("two", False, 0)):
             await instances.create(request(name))
@@ -791,7 +791,7 @@ async def test_runs_are_marked_in_the_log(lab: Lab) -> None:
                 await trio.sleep(0.01)
 
 
-async def test_a_fork_is_somebody_of_its_own(lab: Lab) -> None:
+async def test_a_fork_has_its_own_identity(lab: Lab) -> None:
     async with lab.running() as instances:
         await running(lab, instances)
         await instances.fork("one", ForkInstanceRequest(name="two", from_running=True))
@@ -805,7 +805,7 @@ async def test_a_fork_is_somebody_of_its_own(lab: Lab) -> None:
         assert not lab.guests[one.id].identity
 
 
-async def test_captures_live_as_long_as_somebody_needs_them(lab: Lab) -> None:
+async def test_captures_live_as_long_as_they_have_a_holder(lab: Lab) -> None:
     async with lab.running() as instances:
         await in_standby(lab, instances)
         await instances.fork("one", ForkInstanceRequest(name="two"))
@@ -900,7 +900,7 @@ async def test_a_volume_in_use_stays(lab: Lab) -> None:
         assert lab.guests[record.id].mounted == set()
 
 
-async def test_two_verbs_at_once_come_in_turn(lab: Lab) -> None:
+async def test_concurrent_verbs_run_in_turn(lab: Lab) -> None:
     async with lab.running() as instances:
         await running(lab, instances)
         outcomes: list[str] = []
@@ -952,7 +952,7 @@ def test_a_crash_is_no_exception() -> None:
     assert not issubclass(Crash, Exception)
 
 
-async def test_a_guest_is_told_what_its_vmm_can_not(lab: Lab) -> None:
+async def test_a_guest_gets_what_its_vmm_lacks(lab: Lab) -> None:
     async with lab.running() as instances:
         for name, able in (("able", True), ("unable", False)):
             capabilities = msgspec.structs.replace(lab.driver.capabilities, disk_serials=able, power_off=able)

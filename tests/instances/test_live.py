@@ -66,7 +66,7 @@ async def test_a_lost_channel_is_opened_again_more_and_more_slowly(
     assert reported[-1] == VmmExit(ExitReason.POWEROFF)
 
 
-async def test_a_guest_that_hangs_up_at_once_again_and_again(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_guest_that_hangs_up_immediately_each_time(autojump_clock: trio.testing.MockClock) -> None:
     """Each connection brings news for the instance's task; once a second is as often as a guest may do that."""
     vmm = _Vmm(good=1_000_000)
     reported: list[VmEvent] = []
@@ -75,7 +75,7 @@ async def test_a_guest_that_hangs_up_at_once_again_and_again(autojump_clock: tri
     assert 60 < vmm.opened < 80 and len(reported) < 81
 
 
-async def test_nobody_waits_for_the_guest_of_a_vmm_that_has_ended(autojump_clock: trio.testing.MockClock) -> None:
+async def test_no_task_waits_for_the_guest_of_a_vmm_that_has_ended(autojump_clock: trio.testing.MockClock) -> None:
     live = Live(_Vmm(good=0), nonce=b"", boot=1, connect=lambda stream, nonce: _Guest(None))  # type: ignore[arg-type, return-value]
     begin = trio.current_time()
     async with trio.open_nursery() as nursery:

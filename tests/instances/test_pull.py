@@ -133,7 +133,7 @@ async def test_it_expires_while_it_is_pulled(lab: Lab) -> None:
     assert rows(lab.store).count("\n") == 0
 
 
-async def test_what_can_not_be_pulled_leaves_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_pull_that_fails_leaves_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     async def refuse(name: str, platform: str | None = None) -> Any:
         raise NotFound("there is no image busybox")
 

@@ -85,7 +85,7 @@ async def test_all_lend_in_proportion_to_what_they_can_spare(lab: Lab) -> None:
         assert again.actions[0].previous_target_guest_memory_bytes == 4 * GIB - 820 * MIB
 
 
-async def test_nobody_goes_below_the_floor(lab: Lab) -> None:
+async def test_no_guest_goes_below_the_floor(lab: Lab) -> None:
     async with lab.running() as instances:
         await two(lab, instances)
         answer = await instances.reclaim_memory(asked(100 * GIB))
@@ -103,9 +103,7 @@ async def test_zero_gives_all_back(lab: Lab) -> None:
         assert lent(lab, instances, "large") == lent(lab, instances, "small") == 0
 
 
-async def test_what_did_not_come_back_when_it_was_told_to_is_asked_again(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_memory_that_was_not_returned_is_requested_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reclaim, "PAUSE", 0.01)
     async with lab.running() as instances:
         await one(lab, instances)
@@ -143,7 +141,7 @@ async def test_a_dry_run_changes_nothing(lab: Lab) -> None:
         assert lent(lab, instances, "large") == 0 and answer.hold_until is msgspec.UNSET
 
 
-async def test_one_that_fails_is_told_and_the_others_lend(lab: Lab) -> None:
+async def test_a_guest_that_fails_is_reported_and_the_others_lend(lab: Lab) -> None:
     async with lab.running() as instances:
         await two(lab, instances)
         lab.driver.fail("set_balloon", VmmBroken("no word from it"))
@@ -155,7 +153,7 @@ async def test_one_that_fails_is_told_and_the_others_lend(lab: Lab) -> None:
         )
 
 
-async def test_what_can_not_lend_is_told(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_guest_that_cannot_lend_is_reported(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     async with lab.running() as instances:
         await one(lab, instances)
         monkeypatch.setattr(lab.driver, "capabilities", msgspec.structs.replace(lab.driver.capabilities, balloon=False))

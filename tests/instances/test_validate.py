@@ -398,7 +398,9 @@ def test_a_policy_that_asks_for_nothing_is_kept(field: str, policy: dict[str, An
         ({"volumes": [{"volume_id": "v", "mount_path": "/x"}]}, {"max_disks": 3}),
     ],
 )
-def test_what_the_vmm_can_not_do_is_said_before_anything_happens(body: dict[str, Any], without: dict[str, Any]) -> None:
+def test_what_the_vmm_cannot_do_is_refused_before_anything_happens(
+    body: dict[str, Any], without: dict[str, Any]
+) -> None:
     check(**body)
     with pytest.raises(NotSupported):
         check(msgspec.structs.replace(ALL, **without), **body)

@@ -35,7 +35,7 @@ def test_a_disk_of_which_much_is_promised_is_not_full(free: int, pressure: str) 
         (-60.0, "True", "60 s behind"),
     ],
 )
-def test_a_clock_that_is_off_is_told(ahead: float, status: str, text: str) -> None:
+def test_a_clock_that_is_off_is_a_condition(ahead: float, status: str, text: str) -> None:
     found = {each.type: each for each in conditions(resources(100), (), datetime.now(UTC), clock_ahead=ahead)}
     assert found["ClockSkewed"].status == status and text in found["ClockSkewed"].message
     assert found["Ready"].status == "True", "it works on"

@@ -556,7 +556,7 @@ async def test_one_orphan_that_stays_does_not_keep_the_others(world: World, auto
 
 
 @pytest.mark.parametrize("grace", [1, 7200])
-async def test_a_pod_may_want_more_time_than_the_host_gives(
+async def test_a_pod_may_request_more_time_than_the_host_gives(
     world: World, autojump_clock: MockClock, grace: int
 ) -> None:
     path = world.add_pod(terminationGracePeriodSeconds=grace)
@@ -655,7 +655,7 @@ def test_whom_an_instance_concerns() -> None:
         assert pods.concerned(instances, workers, by_pod) == pods_
 
 
-async def test_pods_that_come_at_once_choose_different_devices(world: World, autojump_clock: MockClock) -> None:
+async def test_concurrent_pods_choose_different_devices(world: World, autojump_clock: MockClock) -> None:
     """And a third one waits until one of them is gone."""
     world.host.devices = [gpu(number) for number in range(2)]
     wanted = {"resources": {"limits": {"hypeman.dev/gpu-10de-2235": "1"}}}

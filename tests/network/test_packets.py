@@ -113,7 +113,7 @@ async def test_fragments_do_not_slip_past_the_ports(lab: Lab) -> None:
 
 
 @in_namespace
-async def test_arp_must_tell_the_truth(lab: Lab) -> None:
+async def test_arp_with_a_forged_address_is_dropped(lab: Lab) -> None:
     guest, other = await lab.guest(), await lab.guest()
     guest.send_arp(GATEWAY, sender=other.lease.ipv4)
     guest.send_arp(GATEWAY, sender_mac=other.lease.mac)
@@ -140,7 +140,7 @@ async def test_a_false_arp_does_not_move_another_guest(lab: Lab) -> None:
 
 
 @in_namespace
-async def test_arp_tells_nothing_of_the_hosts_other_addresses(lab: Lab) -> None:
+async def test_arp_does_not_reveal_the_hosts_other_addresses(lab: Lab) -> None:
     guest = await lab.guest()
     guest.send_arp(HOST)
     guest.send_arp(GATEWAY)
@@ -226,7 +226,7 @@ async def _ping_after_route(lab: Lab, guest: Guest) -> list[Seen]:
 
 
 @in_namespace
-async def test_dhcp_of_a_guest_is_heard_by_nobody(lab: Lab) -> None:
+async def test_dhcp_of_a_guest_reaches_no_one(lab: Lab) -> None:
     guest = await lab.guest()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
@@ -288,7 +288,7 @@ async def test_neighbours_reach_each_other(lab: Lab) -> None:
 
 
 @in_namespace
-async def test_guests_of_a_group_reach_each_other_and_nobody_else(lab: Lab) -> None:
+async def test_guests_of_a_group_reach_only_each_other(lab: Lab) -> None:
     proxy = await lab.guest(isolated=False, groups=(1,))
     app = await lab.guest(isolated=False, groups=(1, 2))
     db = await lab.guest(isolated=False, groups=(2,))

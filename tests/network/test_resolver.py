@@ -149,7 +149,7 @@ async def test_an_upstream_server_that_is_away_gives_a_clear_answer() -> None:
 
 
 @in_namespace
-async def test_a_flood_is_nobody_elses_trouble() -> None:
+async def test_a_flood_does_not_affect_other_guests() -> None:
     """Of queries that are answered here, and of those that the upstream server never answers."""
     async with named() as (lab, web, db, alone, upstream):
         resolver = lab.network.names._resolver

@@ -161,7 +161,7 @@ async def test_what_comes_before_anyone_listens_is_reported_later(lab: Lab) -> N
 
 
 @in_namespace
-async def test_a_link_that_somebody_deletes_is_made_anew(lab: Lab) -> None:
+async def test_a_link_that_is_deleted_is_created_again(lab: Lab) -> None:
     async with sleeping(lab) as one:
         sh("ip link delete hm-wake")
         await wait_until(lambda: f"{one.lease.ipv4} dev hm-wake" in sh("ip route"))

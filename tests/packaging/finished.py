@@ -30,7 +30,7 @@ def rpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_no_object_wants_a_newer_c_library_than_promised(deb: Path) -> None:
+def test_no_object_requires_a_newer_c_library_than_promised(deb: Path) -> None:
     needs = check_bundle().glibc_needs(deb / "usr/lib/hypeman")
     assert len(needs) > 40 and max(needs.values()) > (2, 2), "else this test looks at nothing"
     limit = promised()

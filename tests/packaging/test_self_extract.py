@@ -61,7 +61,7 @@ def test_its_own_exit_code_comes_through(single_file: Path, tmp_path: Path) -> N
     assert run(single_file, HYPEMAN_UNPACK_DIR=str(base)).returncode == 42
 
 
-def test_a_directory_that_can_not_be_made_is_told(single_file: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_reported(single_file: Path) -> None:
     refused = run(single_file, HYPEMAN_UNPACK_DIR="/proc/nowhere")
     assert refused.returncode != 0
     assert "/proc/nowhere" in refused.stderr

@@ -68,7 +68,7 @@ def test_the_countdown() -> None:
     assert requested.reason is AutoStandbyReason.READY_FOR_STANDBY
 
 
-def test_it_goes_on_where_the_server_before_left_it() -> None:
+def test_it_continues_where_the_previous_server_left_it() -> None:
     assert decide(RULES, Memory(idle_since=at(250)), facts(), at(400)).due == at(550)
 
 

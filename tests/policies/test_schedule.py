@@ -158,7 +158,7 @@ async def test_it_deletes_only_what_it_made(lab: ClockedLab, clock: Clock) -> No
         assert len(await snapshots(kept)) == 4, "those of the schedule before are not of this one"
 
 
-async def test_a_failure_is_told_and_deletes_nothing(lab: ClockedLab, clock: Clock) -> None:
+async def test_a_failure_is_reported_and_deletes_nothing(lab: ClockedLab, clock: Clock) -> None:
     async with keeping(lab) as kept:
         await make(kept)
         await kept.policies.set_schedule("one", wanted("1m", count=1))

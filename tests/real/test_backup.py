@@ -26,7 +26,7 @@ async def backup(verb: str, file: Path, appliance: Appliance) -> str:
     return said
 
 
-async def test_a_new_host_goes_on_where_the_backup_was_made(directory: Path) -> None:
+async def test_a_new_host_continues_from_the_backup(directory: Path) -> None:
     """A stopped instance, one in standby and a volume; a third one runs through it all and stays behind."""
     file = directory / "host.tar.zst"
     for name in ("old", "new"):

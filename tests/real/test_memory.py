@@ -45,7 +45,7 @@ async def check_no_gap(appliance: Appliance, name: str) -> None:
     assert numbers == list(range(1, len(numbers) + 1))
 
 
-async def test_a_program_goes_on_after_standby(appliance: Appliance) -> None:
+async def test_a_program_continues_after_standby(appliance: Appliance) -> None:
     await appliance.create("one", cmd=COUNTER)
     before = await counted(appliance, "one")
     asleep = await appliance.post("/instances/one/standby")
@@ -112,7 +112,7 @@ async def wait_for_text(appliance: Appliance, name: str, path: str, text: str) -
             await trio.sleep(0.1)
 
 
-async def test_a_fork_runs_on_as_somebody_else(appliance: Appliance) -> None:
+async def test_a_fork_continues_with_its_own_identity(appliance: Appliance) -> None:
     """Both go on from the same moment; neither sees what the other writes."""
     await appliance.create("one", cmd=COUNTER)
     before = await counted(appliance, "one")

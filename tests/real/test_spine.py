@@ -94,7 +94,7 @@ async def test_a_server_that_is_killed_finds_its_vms_again(appliance: Appliance)
     assert not appliance.vmms() and not appliance.files()
 
 
-async def test_an_end_while_nobody_looked_is_found(appliance: Appliance) -> None:
+async def test_an_end_without_a_server_is_found(appliance: Appliance) -> None:
     """The guest wrote its exit code where the next server finds it."""
     await appliance.create("one", cmd=["sh", "-c", "until [ -e /end ]; do sleep 0.1; done; exit 5"])
     assert (await appliance.exec("one", "sh", "-c", "(sleep 1; touch /end) >/dev/null 2>&1 &"))[0] == 0
@@ -124,7 +124,7 @@ async def test_many_at_once(appliance: Appliance) -> None:
     assert not appliance.vmms() and not appliance.files() and not appliance.namespace.links()
 
 
-async def test_a_program_that_is_not_there_is_told(appliance: Appliance) -> None:
+async def test_a_program_that_is_missing_is_reported(appliance: Appliance) -> None:
     await appliance.create("one", wait="", entrypoint=["/no/such/program"])
     ended = await appliance.wait("one", "Stopped")
     assert ended["exit_code"] == 127 and "/no/such/program" in ended["exit_message"]

@@ -64,7 +64,7 @@ async def test_a_cancellation_undoes_as_well(where: int, autojump_clock: trio.te
     ]
 
 
-async def test_undoing_goes_on_past_a_failing_undo() -> None:
+async def test_undoing_continues_after_a_failing_undo() -> None:
     notebook = Notebook()
     with pytest.raises(UndoFailed, match="Note") as caught:
         await carry_out([Note("a"), Note("b", fail="undo"), Note("c", fail="do")], notebook)

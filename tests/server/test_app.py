@@ -50,7 +50,7 @@ PUBLIC = {"/health", "/spec.json", "/spec.yaml", "/swagger"}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda one: f"{one.method} {one.path}")
-async def test_every_other_route_wants_a_token_and_its_scope(client: Client, operation: Any) -> None:
+async def test_every_other_route_requires_a_token_and_its_scope(client: Client, operation: Any) -> None:
     assert (not operation.scopes) == (operation.path in PUBLIC)
     if not operation.scopes:
         return
@@ -172,7 +172,7 @@ async def test_refusals_of_services(ask: Any, world: FakeWorld, error: Exception
     "error",
     [KeyError("hunter2"), ExceptionGroup("nursery", [NotSupported("no"), KeyError("hunter2")]), trio.TooSlowError()],
 )
-async def test_bugs_are_logged_and_not_told(
+async def test_internal_errors_are_logged_and_not_shown(
     ask: Any, world: FakeWorld, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     world.instances.fails = error
@@ -413,7 +413,7 @@ async def test_one_line_a_request_and_no_secret(
         (InternalError("a disk"), False),
     ],
 )
-async def test_clients_are_told_what_not_to_retry(
+async def test_answers_say_what_not_to_retry(
     ask: Any, world: FakeWorld, monkeypatch: pytest.MonkeyPatch, error: HypemanError, final: bool
 ) -> None:
     async def refuse(*_: object) -> None:

@@ -132,7 +132,7 @@ def test_a_line_without_end_comes_in_pieces(unit: bytes) -> None:
         assert all(piece.decode() for piece in pieces)
 
 
-async def test_a_piece_says_that_its_line_goes_on(tmp_path: Path) -> None:
+async def test_a_piece_says_that_its_line_continues(tmp_path: Path) -> None:
     path = tmp_path / "app.log"
     path.write_bytes(b"before\n" + b"x" * 200_000 + b" end\nafter\n")
     lines = await read_all(path)
@@ -294,7 +294,7 @@ async def test_many_followers_of_a_busy_log(tmp_path: Path, nursery: trio.Nurser
     nursery.cancel_scope.cancel()
 
 
-async def test_it_goes_on_after_any_line(tmp_path: Path) -> None:
+async def test_it_continues_after_any_line(tmp_path: Path) -> None:
     """Wherever it ended, in whatever file that line is now; a position that is nowhere gives all that is left."""
     path = tmp_path / "app.log"
     lines = ["one", "", "zwölf", "x" * 300, "\r", "last"]

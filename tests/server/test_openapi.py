@@ -85,7 +85,7 @@ def test_websockets_are_described_with_the_types_that_the_server_decodes() -> No
 
 
 @pytest.mark.parametrize("path", ["/instances/web/exec", "/instances/web/cp"])
-async def test_a_plain_request_to_a_websocket_is_told_to_upgrade(ask: Any, path: str) -> None:
+async def test_a_plain_request_to_a_websocket_gets_426(ask: Any, path: str) -> None:
     response = await ask("GET", path)
     assert (response.status_code, response.headers["Upgrade"]) == (426, "websocket")
 

@@ -39,7 +39,7 @@ async def talk(stream: trio.abc.Stream, request: str) -> tuple[int, dict[str, st
     return int(status.split()[1]), headers, body
 
 
-async def test_tcp_wants_a_token_and_the_socket_does_not(served: Any, world: FakeWorld) -> None:
+async def test_tcp_requires_a_token_and_the_socket_does_not(served: Any, world: FakeWorld) -> None:
     world.instances.add("web")
     ask = "GET /instances/web HTTP/1.1\nHost: x\n\n"
     async with await trio.open_tcp_stream("127.0.0.1", served.port) as stream:
@@ -256,7 +256,7 @@ def test_socket_permissions(tmp_path: Path) -> None:
         bind_unix(str(tmp_path / "other"), mode=0o600, group="no-such-group")
 
 
-def test_ports_that_can_not_be_had() -> None:
+def test_ports_that_are_not_available() -> None:
     [sock] = bind_tcp("127.0.0.1", 0)
     with sock, pytest.raises(ServeError, match="something else listens"):
         bind_tcp("127.0.0.1", sock.getsockname()[1])

@@ -233,7 +233,7 @@ async def test_copy_in(dial: Any, world: FakeWorld) -> None:
     assert all(copy.closed for copy in world.instances.copies)
 
 
-async def test_copy_in_that_fails_is_told_at_once(dial: Any) -> None:
+async def test_copy_in_that_fails_is_reported_immediately(dial: Any) -> None:
     async with dial("/instances/web/cp") as client:
         await client.send(request(direction="to", guest_path="/full"))
         await client.send(b"x")
@@ -292,7 +292,7 @@ def header(path: str, **fields: Any) -> dict[str, Any]:
     return {"type": "header", "path": path, **plain, "mtime": 5, "uid": 0, "gid": 0, **fields}
 
 
-async def test_copy_that_can_not_be(dial: Any) -> None:
+async def test_impossible_copies_are_refused(dial: Any) -> None:
     async with dial("/instances/web/cp") as client:
         await client.send(request(direction="from", guest_path="/missing"))
         [answer] = await client.receive_all()

@@ -168,7 +168,7 @@ async def test_a_ui_that_was_not_built_says_so(world: FakeWorld, sessions: Sessi
     assert "make ui" in (await answer.get_json())["message"]
 
 
-async def test_a_browser_is_sent_to_the_ui_and_nobody_else(ask: Ask) -> None:
+async def test_only_a_browser_is_redirected_to_the_ui(ask: Ask) -> None:
     answer = await ask("GET", "/", headers={"Accept": "text/html,*/*"})
     assert (answer.status_code, answer.headers["Location"]) == (303, "/ui/")
     for accept in ("application/json", "*/*"):

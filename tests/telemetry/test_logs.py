@@ -84,7 +84,7 @@ def pipe() -> Iterator[tuple[int, TextIO]]:
             os.close(reading)
 
 
-def test_a_log_that_nobody_reads_makes_nobody_wait(pipe: tuple[int, TextIO]) -> None:
+def test_a_log_without_a_reader_blocks_nothing(pipe: tuple[int, TextIO]) -> None:
     """Sixteen times more than pipe and queue hold. What is dropped is counted, and logged once somebody reads."""
     reading, stream = pipe
     setup_logs(stream=stream)

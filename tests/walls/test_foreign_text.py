@@ -34,7 +34,7 @@ def test_every_control_character_becomes_an_escape() -> None:
     assert one_line("Grüße, 世界 🙂") == "Grüße, 世界 🙂"
 
 
-def test_colours_of_ours_stay() -> None:
+def test_our_own_colours_are_kept() -> None:
     assert lines_with_colours("\x1b[31mred\x1b[0m\x1b[2J\x07") == "\x1b[31mred\x1b[0m\\x1b[2J\\x07"
 
 

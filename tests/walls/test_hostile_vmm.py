@@ -126,7 +126,7 @@ async def test_every_operation_meets_attacks_at_every_moment(appliance: Applianc
     await wait_for_note(appliance, "victim")
 
 
-async def test_a_vmm_that_answers_with_nonsense_and_floods(appliance: Appliance) -> None:
+async def test_a_vmm_that_sends_malformed_answers_and_floods(appliance: Appliance) -> None:
     """Now it does not spare itself: every request may fail, but ends, and all that is left is to delete it."""
     await appliance.create("victim", cmd=NOTE, **SIZES)
     await wait_for_note(appliance, "victim")

@@ -179,7 +179,7 @@ def test_what_was_planted_is_removed(plant: Plant, where: str, old: Old, victim:
 
 
 @as_root
-def test_another_instances_disk_under_a_planted_name_is_let_go_and_kept(old: Old) -> None:
+def test_another_instances_disk_under_a_planted_name_is_released_and_kept(old: Old) -> None:
     (old.a / "overlay.raw").hardlink_to(old.b / "own")
     assert "overlay.raw" in old.repair()
     assert not (old.a / "overlay.raw").exists() and (old.b / "own").read_text() == "own"

@@ -163,7 +163,7 @@ async def test_a_quiet_program_in_a_living_guest_is_left_alone(autojump_clock: t
         assert hour.cancelled_caught and client.silent_since is None
 
 
-async def test_a_silent_guest_is_refused_at_once_until_it_answers_again(
+async def test_a_silent_guest_is_refused_immediately_until_it_answers_again(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     changes: list[bool] = []
