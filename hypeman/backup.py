@@ -201,7 +201,7 @@ def _read_about(directory: Path) -> About:
     try:
         about = msgspec.json.decode((directory / _ABOUT).read_bytes(), type=About)
     except (OSError, msgspec.DecodeError) as error:
-        raise InvalidRequest(f"this is no backup of hypeman: {error}") from None
+        raise InvalidRequest(f"this is not a backup of hypeman: {error}") from None
     if about.format != FORMAT:
         raise InvalidRequest(f"this backup has format {about.format}; hypeman {__version__} reads {FORMAT}")
     return about

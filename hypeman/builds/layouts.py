@@ -93,7 +93,7 @@ class Layout:
         self._documents: dict[str, bytes] = {}
 
     async def store(self, repository: str) -> Root:
-        """Store all of it in ``repository``, without a tag. Raises BuildFailed if it is no layout of one image."""
+        """Store all of it in ``repository``, without a tag. Raises BuildFailed if it is not a layout of one image."""
         index = _decoded(await self._read("index.json"))
         if len(index.manifests) != 1:
             raise BuildFailed(f"the result has {len(index.manifests)} images, not one")
@@ -230,7 +230,7 @@ async def _once(data: bytes) -> AsyncGenerator[bytes]:
 
 
 def _path(digest: str) -> str:
-    """Raises BuildFailed for what is no digest: it becomes a path."""
+    """Raises BuildFailed if it is not a digest: it becomes a path."""
     try:
         check_digest(digest)
     except RegistryFailure as failure:

@@ -130,4 +130,4 @@ async def _next_part(parts: AsyncIterator[tuple[str, bytes]]) -> tuple[str, byte
         with trio.fail_after(RECEIVING_SECONDS):
             return await anext(parts, None)
     except trio.TooSlowError:
-        raise InvalidRequest(f"nothing of the form came for {RECEIVING_SECONDS:.0f} s") from None
+        raise InvalidRequest(f"no data of the form arrived for {RECEIVING_SECONDS:.0f} s") from None

@@ -57,7 +57,7 @@ _SHORT_SECONDS = 120
 _RESOURCES_RETRY = 5.0
 _CACHE_RETRY = 0.5
 _CACHE_SECONDS = 60.0
-"""For the VM of the builder's last build to let go of the cache."""
+"""For the VM of the builder's last build to release the cache."""
 _BOOT_SECONDS = 150.0
 _BOOTS = 2
 """A guest without KVM on a busy host may hang while it boots, when an interrupt of a timer is lost."""
@@ -474,7 +474,7 @@ class _Attempt:
         try:
             image = await self._images.wait_final(str(name))
         except NotFound:
-            self._report.log(f"{name} is stored in the registry; it is no image for this host's platform")
+            self._report.log(f"{name} is stored in the registry; it is not an image for this host's platform")
             return Result(root.digest, str(name), provenance)
         if image.status is not ImageStatus.READY:
             raise BuildFailed(f"the image cannot be used: {image.error or image.status.value}")

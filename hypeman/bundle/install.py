@@ -11,7 +11,7 @@
 
 A kill before 4 changes nothing. After it, the timer (or the next ``hypeman bundle``) rolls back. Rolling back may
 itself be killed and repeated: it only copies from what steps 3 and 5 saved, and the journal is written last. VMs belong
-to another unit and continue throughout. Debian packages of the bundle are not taken back.
+to another unit and continue throughout. Debian packages of the bundle are not removed.
 """
 
 from __future__ import annotations

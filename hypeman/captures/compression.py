@@ -149,7 +149,7 @@ class Compressor:
             try:
                 await self._store.write(lambda txn: _change(txn, capture_id, compression_error=text))
             except StoreError as refused:  # on a full disk; the next start compresses it
-                log.warning("and that cannot be written down: %s", refused)
+                log.warning("and that cannot be recorded: %s", refused)
         finally:
             del self._jobs[capture_id]
             job.ended.set()

@@ -104,7 +104,7 @@ class Client:
                 if line.startswith(b"data: "):
                     yield msgspec.json.decode(line[6:])
         except (OSError, http.client.HTTPException) as error:
-            raise Unreachable(f"the stream broke: {error}") from None
+            raise Unreachable(f"the connection failed: {error}") from None
         finally:
             self.close()
 
@@ -126,7 +126,7 @@ class Client:
                     yield written + text, ends
                     exact, ends, begins, written = None, True, ends, b""
         except (OSError, http.client.HTTPException) as error:
-            raise Unreachable(f"the stream broke: {error}") from None
+            raise Unreachable(f"the connection failed: {error}") from None
         finally:
             self.close()
 

@@ -130,9 +130,9 @@ class Sender:
                     elif member.islnk():
                         self._hard_link(target, self._place(member.linkname))
                     else:
-                        warn(f"{member.name} is no file, directory or link, and is skipped")
+                        warn(f"{member.name} is not a file, directory or link, and is skipped")
         except tarfile.TarError as error:
-            raise CopyFailed(f"standard input is no tar: {error}") from None
+            raise CopyFailed(f"standard input is not a tar archive: {error}") from None
         self._finish(directories)
         return count
 
@@ -182,7 +182,7 @@ class Sender:
             self._link(target, self._meta_of(here), os.readlink(source))
             return 0
         if not stat.S_ISREG(here.st_mode):
-            warn(f"{source} is no file, directory or symlink, and is skipped")
+            warn(f"{source} is not a file, directory or symlink, and is skipped")
             return 0
         first = self._copied.setdefault((here.st_dev, here.st_ino), target) if self._keeps_links(here) else target
         if first != target:
@@ -268,7 +268,7 @@ def receive(client: Client, instance: str, path: str, *, follow_links: bool) -> 
                     yield frame
                 case "end":
                     if expected != 0:
-                        raise CopyFailed(f"{header} came with another size than it was said to have")
+                        raise CopyFailed(f"{header} does not have the size that was announced")
                     final = bool(frame.get("final"))
                 case _:
                     raise CopyFailed(frame.get("message") or "the stream ended early")
@@ -460,7 +460,7 @@ def write_tar(entries: Iterator[dict[str, Any] | bytes], stream: IO[bytes]) -> i
     import tarfile
 
     if stream.isatty():
-        raise CopyFailed("a tar is nothing for a terminal; send standard output to a file or a pipe")
+        raise CopyFailed("a tar archive is not written to a terminal; send standard output to a file or a pipe")
     count = 0
     padding = 0
     with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar:

@@ -73,7 +73,7 @@ class WebSocket:
         try:
             self.socket.sendall(self.encode(message))
         except OSError as error:
-            raise Unreachable(f"the stream broke: {error.strerror or error}") from None
+            raise Unreachable(f"the connection failed: {error.strerror or error}") from None
 
     def receive(self) -> str | bytes | None:
         """The next message; None if the other side has closed."""
@@ -88,7 +88,7 @@ class WebSocket:
         except BlockingIOError:
             return
         except OSError as error:
-            raise Unreachable(f"the stream broke: {error.strerror or error}") from None
+            raise Unreachable(f"the connection failed: {error.strerror or error}") from None
         try:
             self._connection.receive_data(data or None)
             for event in self._connection.events():

@@ -36,7 +36,7 @@ class Binder:
         self._pci = pci
         self._proc_root = proc_root
         self.failures: dict[str, str] = {}
-        """Address → the first reason why the function could not be given back. Later attempts only hit the change
+        """Address → the first reason why its driver could not get the function back. Later attempts only hit the change
         that is still in progress."""
 
     async def take(self, instance_id: str, records: tuple[DeviceRecord, ...], view: View) -> tuple[int, ...]:
@@ -50,7 +50,7 @@ class Binder:
         for group in groups:
             strangers = await self._pci.strangers(group)
             if strangers:
-                raise Conflict(f"IOMMU group {group} also holds {', '.join(strangers)}, which is no PCI device")
+                raise Conflict(f"IOMMU group {group} also holds {', '.join(strangers)}, which is not a PCI device")
         await self._pci.load_vfio()
         members = [function for group in groups for function in endpoints(view.functions, group)]
         for binding in await self._note(instance_id, members):

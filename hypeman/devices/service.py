@@ -117,7 +117,7 @@ class Devices:
         try:
             await self._store.write(partial(registry.note_vanished, binding=binding))
         except HypemanError as error:
-            log.error("there is no event of that: %s", error.message)
+            log.error("the event cannot be recorded: %s", error.message)
 
     # The registry
 
@@ -260,7 +260,7 @@ class Devices:
     async def unbind(self, instance_id: str) -> None:
         """Give every function back to the driver it had and remove the vGPU; claims stay.
 
-        Only after the instance's VMM has exited. Raises HostError if something could not be given back; it
+        Only after the instance's VMM has exited. Raises HostError if something could not be released; it
         is retried at the next start, or when the kernel returns.
         """
         async with self._lock(instance_id):

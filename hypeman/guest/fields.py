@@ -122,7 +122,7 @@ class FieldWriter:
         try:
             encoded = value.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError as error:
-            raise InvalidRequest(f"{_word(tag)} is no text: {error}") from error
+            raise InvalidRequest(f"{_word(tag)} is not text: {error}") from error
         if b"\0" in encoded:
             raise InvalidRequest(f"{_word(tag)} contains a NUL character, which no program could take")
         return self.add(tag, encoded + b"\0")

@@ -2,10 +2,10 @@
 
 Our own netlink code, like the rest of ``host/``: an event costs 10 µs here. A server may get many of them, so they are
 read in batches with a pause in between; what exceeds a batch waits in the socket, and if the kernel has to drop some,
-the reader lists them anew. Kernels create events only for connections that began while someone listened, so
+the reader lists them again. Kernels create events only for connections that began while someone listened, so
 the list is the truth and events say when to look. A UDP flow is open from its first packet until the kernel forgets it:
 30 s after the last packet, or 2 min if both sides have sent some (``net.netfilter.nf_conntrack_udp_timeout``,
-``_stream``), and up to a minute more, unless somebody lists it. Packets in between make no events.
+``_stream``), and up to a minute more, unless the list is read. Packets in between make no events.
 
 Formats: include/uapi/linux/netfilter/nfnetlink_conntrack.h, nf_conntrack_tcp.h.
 """

@@ -288,7 +288,7 @@ class Processes:
         if limit.cancelled_caught:
             raise ToolFailed(f"{argv[0]} did not end within {timeout:g} s{': ' + said if said else ''}")
         if patience.cancelled_caught:
-            raise ToolFailed(f"{argv[0]} said nothing for {quiet_limit:g} s{': ' + said if said else ''}")
+            raise ToolFailed(f"{argv[0]} printed nothing for {quiet_limit:g} s{': ' + said if said else ''}")
         if process.returncode != 0:
             raise ToolFailed(
                 f"{argv[0]} failed ({_describe(process.returncode)}){': ' + said if said else ''}",

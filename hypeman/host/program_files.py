@@ -63,7 +63,7 @@ def _loader_of(binary: str) -> str:
     with open(binary, "rb") as file:
         head = file.read(64)
         if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
-            raise NotRunnable(f"{binary} is no program for this processor")
+            raise NotRunnable(f"{binary} is not a program for this processor")
         (offset,) = struct.unpack_from("<Q", head, 32)
         size, count = struct.unpack_from("<HH", head, 54)
         for index in range(count):

@@ -74,7 +74,7 @@ def open_directory(path: Path | str) -> int:
 def open_regular(path: Path | str, flags: int, mode: int = 0o600, *, links: int = 0) -> int:
     """A descriptor of the regular file at ``path``. Raises OSError.
 
-    ELOOP for a symbolic link, EINVAL for anything else that is no regular file. ``links``: how many names the
+    ELOOP for a symbolic link, EINVAL for anything else that is not a regular file. ``links``: how many names the
     file may have at most; 0 for any number.
     """
     parent, name = os.path.split(path)
@@ -94,7 +94,7 @@ def open_regular(path: Path | str, flags: int, mode: int = 0o600, *, links: int 
 
 
 def check_regular(descriptor: int, path: Path | str, *, links: int = 0) -> os.stat_result:
-    """What ``descriptor`` is. Raises OSError (EINVAL) if it is no regular file, or has more than ``links`` names."""
+    """What ``descriptor`` is. Raises OSError (EINVAL) if it is not a regular file, or has more than ``links`` names."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))

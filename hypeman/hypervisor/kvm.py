@@ -83,7 +83,7 @@ class KvmProof:
         if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
             return f"{KVM_DEVICE} is not there or cannot be opened"
         if not os.access(self._kernel, os.R_OK):
-            return f"there is no kernel {self._kernel} to try it with"
+            return f"there is no kernel {self._kernel} to test it with"
         qemu = self._qemu or shutil.which(HOST.qemu)
         if qemu is None:
             return ""  # no QEMU to probe with; other VMMs fail immediately with an error if KVM does not work

@@ -217,7 +217,7 @@ class _Importer:
     def _from_layout(self) -> list[Imported]:
         index = parse_manifest(self._read("index.json", MAX_MANIFEST_BYTES))
         if not isinstance(index, Index):
-            raise ManifestError("its index.json is no index")
+            raise ManifestError("its index.json is not an index")
         by_name: dict[str, list[Descriptor]] = {}
         for entry in index.manifests:
             if entry.media_type in INDEX_TYPES + MANIFEST_TYPES:

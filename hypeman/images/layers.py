@@ -15,7 +15,7 @@ the host, or exhaust its inodes; the checks here only reject what no valid layer
 Names are cleaned as other tools do: ``/a``, ``../a`` and ``b/../a`` all mean ``a``. Symbolic links in the
 middle of a path are followed inside the tree, an absolute one from its root; ``..`` in the root stays there,
 as in a chroot. Directories that a link leads to are made if they are missing. Whiteouts only touch what
-came from the layers below, whatever the order within a layer's archive. An archive that is no layer
+came from the layers below, whatever the order within a layer's archive. An archive that is not a layer
 (a volume's) has none: there, such names are ordinary files.
 """
 
@@ -290,7 +290,7 @@ class Tree:
             elif not make:
                 return None
             elif child is not None:
-                raise LayerError(f"lies below {_shown(part)}, which is no directory")
+                raise LayerError(f"lies below {_shown(part)}, which is not a directory")
             else:
                 made = self._shelf.directory(0o755, self._layer, here)
                 self._add(here, part, made)

@@ -169,7 +169,7 @@ def parse_manifest(data: bytes, media_type: str = "") -> Manifest | Index:
 def _check_image(manifest: Manifest) -> None:
     if manifest.config.media_type not in CONFIG_TYPES:
         raise ManifestError(
-            f"this is no container image: its config has the media type {manifest.config.media_type[:100]!r}"
+            f"this is not a container image: its config has the media type {manifest.config.media_type[:100]!r}"
         )
     if manifest.config.size > MAX_CONFIG_BYTES:
         raise ManifestError(f"the image's config is {manifest.config.size} bytes; {MAX_CONFIG_BYTES} are allowed")

@@ -274,7 +274,7 @@ class RegistryClient:
         try:
             target = home.join(url)
         except httpx.InvalidURL:
-            raise RegistryError(f"{host} names a place for uploads that is no URL") from None
+            raise RegistryError(f"{host} names a location for uploads that is not a URL") from None
         address = ""
         if _origin(target) != _origin(home):
             if target.scheme != "https" and home.scheme == "https":
@@ -334,7 +334,7 @@ class RegistryClient:
                 try:
                     target = target.join(response.headers["location"])
                 except httpx.InvalidURL:
-                    raise RegistryError(f"{endpoint.host} redirects to something that is no URL") from None
+                    raise RegistryError(f"{endpoint.host} redirects to something that is not a URL") from None
             if target.scheme not in ("http", "https") or (target.scheme == "http" and home[0] == "https"):
                 raise RegistryError(f"{endpoint.host} redirects to {target.scheme}://{target.host}, which is not safe")
             address = await _checked_address(target.host, inward, f"{endpoint.host} redirects to")

@@ -411,7 +411,7 @@ def _parse_xattrs(records: dict[bytes, bytes]) -> dict[bytes, bytes]:
             try:
                 xattrs.setdefault(name, base64.b64decode(value + b"=" * (-len(value) % 4), validate=True))
             except ValueError:
-                raise TarError("has an extended attribute that is no base64") from None
+                raise TarError("has an extended attribute that is not base64") from None
     return xattrs
 
 

@@ -10,7 +10,7 @@ A member has its id, address and machine-id, but is not visible: it is no instan
 vCPUs stand still and its link is down. It holds the memory that it really uses (PSS), and gives way when an operation
 on an instance is short of something that it holds. One task fills all pools, one member at a time.
 
-A member belongs to its server: the next one undoes what is recorded of it, and fills the pools anew.
+A member belongs to its server: the next one undoes what is recorded of it, and fills the pools again.
 """
 
 from __future__ import annotations
@@ -346,7 +346,7 @@ class Pools:
         try:
             await self._ledger.hold_members(holdings)
         except HypemanError as error:  # what was reserved first stays
-            log.warning("what the members of a pool use cannot be written down: %s", error)
+            log.warning("what the members of a pool use cannot be recorded: %s", error)
 
     def _lose(self, pool: _Pool, member: Member) -> None:
         """Its VMM has ended by itself."""

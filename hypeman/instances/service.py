@@ -113,7 +113,7 @@ SECONDS_FOR_AGENT = 5.0
 """A running instance's agent answers at once; this covers a channel that is being reopened."""
 
 SECONDS_FOR_METRICS = 1.0
-"""An agent answers within milliseconds; without it the statistics have less to tell."""
+"""An agent answers within milliseconds; without it the statistics contain less."""
 
 LOG_INTERVAL = 1.0
 """Between looks at how logs have grown, which is how exact the times of their lines are."""
@@ -285,7 +285,7 @@ class Instances:
         """Wait for ``state``, or for one from which it cannot be reached without a command. Raises NotFound
         if the instance is deleted meanwhile."""
         if state is InstanceState.UNKNOWN:
-            raise InvalidRequest("Unknown is no state to wait for", code="invalid_state")
+            raise InvalidRequest("Unknown is not a state to wait for", code="invalid_state")
         if timeout <= 0:
             raise InvalidRequest("timeout must be above 0", code="invalid_timeout")
         record = self.board.find(ref)
@@ -398,7 +398,7 @@ class Instances:
         try:
             await self.machine.network.plug_in_again(instance_id)
         except Exception as error:  # on any error, the network must still handle other instances
-            log.error("instance %s is without network until it is started or restored anew: %s", instance_id, error)
+            log.error("instance %s is without network until it is started or restored again: %s", instance_id, error)
             self.machine.journal(instance_id, f"the network is lost until the next start or restore: {error}")
 
     async def stop(self, ref: str, request: StopInstanceRequest | None = None) -> Instance:
@@ -418,7 +418,7 @@ class Instances:
 
         async def stop_it(owned: Owned) -> None:
             if owned.record.boots != boots:
-                raise InvalidState("it was started anew")
+                raise InvalidState("it was started again")
             await stop(owned, cause=StopCause.POLICY)
 
         await self.tasks.of(instance_id).perform(Command.STOP, stop_it)

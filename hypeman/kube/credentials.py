@@ -76,7 +76,7 @@ def load_kubeconfig(path: Path, *, server: str = "") -> Access:
     except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise KubeconfigError(f"{path} cannot be read: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
-        raise KubeconfigError(f"{path} is no kubeconfig: {error} is missing") from None
+        raise KubeconfigError(f"{path} is not a kubeconfig: {error} is missing") from None
     except (binascii.Error, ValueError) as error:
         raise KubeconfigError(f"{path}: data that is not base64: {error}") from None
 

@@ -1,6 +1,6 @@
 """Pods ↔ instances: what to do next. Pure: what is known → one action.
 
-The tags of an instance are all that is remembered. A decision is made anew from what is there after each action, so a
+The tags of an instance are all that is remembered. A decision is made again from what is there after each action, so a
 node program that was killed at any moment continues where it was: it finds the instance by its tag, or does not.
 
     pod                      instance     action

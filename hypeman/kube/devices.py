@@ -9,7 +9,7 @@ CLASS = "hypeman.dev/class"
 
 
 def device_class(device: Device) -> str:
-    """Its tag, else ``<vendor>-<device>`` in hexadecimal; empty for what is no GPU."""
+    """Its tag, else ``<vendor>-<device>`` in hexadecimal; empty if it is not a GPU."""
     if device.type is not DeviceType.GPU:
         return ""
     return (device.tags or {}).get(CLASS) or f"{device.vendor_id}-{device.device_id}".replace("0x", "")

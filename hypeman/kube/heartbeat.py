@@ -1,6 +1,6 @@
 """The node's object and its lease: who this host is, what it has, and that it is alive.
 
-A heartbeat is sent only after this host's server has answered: a node without its server is no node. What the host has
+A heartbeat is sent only after this host's server has answered: a node without its server is useless. What the host has
 is read again for each heartbeat; the object is written if it changed, and otherwise every ``REPORT_SECONDS``.
 
 The lease's time is this host's, but never goes back: the cluster takes a renewal for one only if it is later than the
@@ -106,7 +106,7 @@ class Heartbeat:
     # ── The object ──────────────────────────────────────────────────────────────────────────────
 
     async def _current(self) -> Node:
-        """As the API server has it: the cluster marks a node that it has not heard of, which has to be taken back."""
+        """As the API server has it: the cluster taints a node without heartbeats, which has to be undone."""
         if self._node is None:
             return await self._register()
         try:

@@ -58,7 +58,7 @@ class LeaseClock:
             return None
 
     def _write(self, file: Path) -> None:
-        """Replaced by rename: a reader finds the one or the other. A loss only makes a restart count anew."""
+        """Replaced by rename: a reader finds the one or the other. If it is lost, a restart only counts from 0."""
         new = file.with_suffix(".new")
         try:
             new.write_text(f"{boot_id()} {self._renewed}")

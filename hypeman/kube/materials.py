@@ -122,7 +122,7 @@ async def read_claims(api: ApiClient, pod: Pod, spec: PodSpec) -> dict[str, str 
         kind = bound.metadata.annotations.get(names.PROVISIONER)
         if kind is None:
             raise Refusal(
-                (Remark(f"spec.volumes {volume.name!r}", f"claim {name!r} is no volume of {names.PROVISIONER}"),)
+                (Remark(f"spec.volumes {volume.name!r}", f"claim {name!r} is not a volume of {names.PROVISIONER}"),)
             )
         found[name] = None if kind == names.STATE else bound.metadata.name
     return found
@@ -245,7 +245,7 @@ def logins_of(secret: Secret, image: str) -> list[PushCredentials]:
         registry = parse_reference(image).registry
         return [_login(entry) for host, entry in auths.items() if _host(host) == registry]
     except (ValueError, KeyError, TypeError, AttributeError, msgspec.DecodeError):
-        log.warning("pull secret %s is no docker configuration", secret.key)
+        log.warning("pull secret %s is not a docker configuration", secret.key)
         return []
 
 

@@ -456,6 +456,6 @@ def _contradictions(spec: PodSpec) -> Iterator[Remark]:
         try:
             parse_quantity(amount)
         except BadQuantity:
-            yield Remark(f"{path}.resources", f"{name} {amount!r} is no quantity")
+            yield Remark(f"{path}.resources", f"{name} {amount!r} is not a quantity")
         if name not in ("cpu", "memory", "ephemeral-storage") and not name.startswith((names.GPU, names.VGPU)):
             yield Remark(f"{path}.resources", f"{name} is not supported by hypeman")

@@ -18,14 +18,14 @@ _FACTORS = {
 
 
 class BadQuantity(ValueError):
-    """The text is no quantity."""
+    """The text is not a quantity."""
 
 
 def parse_quantity(text: str | int) -> Decimal:
     """Raises BadQuantity."""
     found = _QUANTITY.fullmatch(str(text))
     if found is None or len(str(text)) > 64:
-        raise BadQuantity(f"{text!r} is no quantity")
+        raise BadQuantity(f"{text!r} is not a quantity")
     number, exponent, suffix = found.groups()
     if exponent:
         power = int(exponent[1:])

@@ -410,4 +410,4 @@ def _decoded(value: str, where: str) -> str:
     try:
         return base64.b64decode(value).decode()
     except ValueError:
-        raise Refusal((Remark(where, "has a value that is no text"),)) from None
+        raise Refusal((Remark(where, "has a value that is not text"),)) from None

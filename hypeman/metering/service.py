@@ -263,7 +263,7 @@ def _new_row(record: InstanceRecord, begin: int) -> OpenRow:
 
 
 def _grown(before: int, now: int) -> int:
-    """How much a counter has counted; one that is lower than before began anew."""
+    """How much a counter has counted; one that is lower than before was reset."""
     return now - before if now >= before else now
 
 

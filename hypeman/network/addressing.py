@@ -6,7 +6,7 @@ Everything that must be unique follows from one number, the *offset* of the addr
 
 Offsets are unique, so MACs are too, and no table is searched for a free one. The network and the
 broadcast address and the gateway are never given out; the gateway's offset makes the one MAC that
-the host has on every TAP, so a guest's ARP entry stays right when its TAP is made anew (restore).
+the host has on every TAP, so a guest's ARP entry stays right when its TAP is created again (restore).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Subnet(msgspec.Struct, frozen=True):
             raise ValueError(f"subnet {cidr} must have a prefix of 8 to 30 bits")
         chosen = ipaddress.IPv4Address(gateway) if gateway else network[1]
         if chosen not in network or chosen in (network.network_address, network.broadcast_address):
-            raise ValueError(f"gateway {chosen} is no usable address of {network}")
+            raise ValueError(f"gateway {chosen} is not a usable address of {network}")
         return cls(network, chosen)
 
     @property
@@ -63,7 +63,7 @@ class Subnet(msgspec.Struct, frozen=True):
         """The reverse of ``offset``. Raises ValueError for an address that cannot be allocated."""
         offset = int(ipaddress.IPv4Address(address)) - int(self.network.network_address)
         if not 0 < offset < self.network.num_addresses - 1 or offset == self.gateway_offset:
-            raise ValueError(f"{address} is no guest address of {self.network}")
+            raise ValueError(f"{address} is not a guest address of {self.network}")
         return offset - 1 if offset < self.gateway_offset else offset - 2
 
     def address(self, rank: int) -> str:

@@ -30,7 +30,7 @@ _PAYLOAD = 1232
 
 class Question(msgspec.Struct, frozen=True):
     name: str
-    """Lower case, without the last dot; empty if it is no host's name."""
+    """Lower case, without the last dot; empty if it is not a host name."""
     addresses: bool
     """IPv4 addresses are asked for."""
 
@@ -43,7 +43,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 def read_question(query: bytes) -> Question | None:
-    """None if it is no query."""
+    """None if it is not a query."""
     try:
         message = dns.message.from_wire(query, question_only=True)
     except (dns.exception.DNSException, ValueError):

@@ -35,7 +35,7 @@ class NameRules(Protocol):
     """Which names an instance may look up."""
 
     def may_look_up(self, instance_id: str, name: str) -> bool:
-        """``name`` is in lower case; one that is no host's name is empty. What is refused is recorded."""
+        """``name`` is in lower case; one that is not a host name is empty. What is refused is recorded."""
         ...
 
     def looked_up(self, instance_id: str, name: str, addresses: Sequence[str], seconds: float) -> None:

@@ -460,7 +460,7 @@ class Network:
                     if change & {Change.OURS, Change.LOST}:
                         await self._put_back()
                 except InternalError as error:
-                    log.error("the network could not be mended: %s", error)
+                    log.error("the network could not be repaired: %s", error)
 
     async def _follow_uplink(self) -> None:
         before, self.uplink = self.uplink, await find_uplink(self._config.uplink)
@@ -492,7 +492,7 @@ class Network:
                 if lease.instance_id not in self._leases:  # detached meanwhile
                     continue
                 what = "deleted" if link is None else "changed"
-                log.error("%s of instance %s was %s by somebody; putting it right", lease.tap, lease.instance_id, what)
+                log.error("%s of instance %s was %s by others; restoring it", lease.tap, lease.instance_id, what)
                 await self._add_tap(lease)
             if link is None:
                 await self._on_tap_lost(lease.instance_id)

@@ -117,7 +117,7 @@ class Waking:
                 seconds=LINK_UP,
             )
         except OSError as error:
-            log.warning("%s cannot be asked whether its guest sends: %s", tap.name, error)
+            log.warning("cannot check whether the guest on %s sends: %s", tap.name, error)
             return
         if not sends:
             log.info("the guest on %s has not answered ARP within %g s", tap.name, LINK_UP)
@@ -147,7 +147,7 @@ class Waking:
             self._link.answer(answer)
 
     async def repair(self, mtu: int) -> None:
-        """Make link and routes anew, if others have removed them. Raises HostError."""
+        """Create link and routes again if others have removed them. Raises HostError."""
         if not self._held:
             return
         routed = await self._links.routed()

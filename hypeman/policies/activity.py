@@ -188,7 +188,7 @@ class Activity:
                 self._set_observed(True)
                 while (events := await self._connections.wait_events()) is not None:
                     self._take(events)
-                log.info("the kernel dropped events of connections: listing them anew")
+                log.info("the kernel dropped events of connections: listing them again")
             except (HypemanError, OSError) as error:
                 self._set_observed(False)
                 log.error("connections cannot be observed, so no instance enters standby by itself: %s", error)

@@ -43,7 +43,7 @@ class _Checked:
 
     record: InstanceRecord
     wanted: HealthCheck | None
-    """As in the record: a changed policy begins anew."""
+    """As in the record: a changed policy starts over."""
     rules: HealthRules
     status: InstanceHealthStatus
     started_at: datetime

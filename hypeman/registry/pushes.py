@@ -244,7 +244,7 @@ class _Upload:
             _check(response.status_code, self._target, (202,), "the begin of an upload")
             location = response.headers.get("location", "")
         if not location:
-            raise RegistryError(f"{self._target.registry} names no place for the upload")
+            raise RegistryError(f"{self._target.registry} names no location for the upload")
         place = f"{location}{'&' if '?' in location else '?'}digest={part.digest}"
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(part.size)}
         async with self._send("PUT", place, headers=headers, content=lambda: self._bytes_of(part)) as response:

@@ -310,7 +310,7 @@ class Registry:
                 raise
             if f"sha256:{upload.hash.hexdigest()}" != digest:
                 await self._drop(name)
-                raise RegistryFailure(Code.DIGEST_INVALID, f"the bytes received have not the digest {digest}")
+                raise RegistryFailure(Code.DIGEST_INVALID, f"the bytes received do not have the digest {digest}")
             await trio.to_thread.run_sync(self._blobs.publish, upload.fd, upload.path, digest)
             self._uploads.pop(name, None)
             upload.end()
@@ -445,7 +445,7 @@ class Registry:
                 with trio.CancelScope(shield=True):
                     name = await self._images.adopt(f"{repository}:{tag}", document, digest)
         except (ManifestError, PlatformMissing, InvalidRequest) as error:
-            log.info("%s:%s was pushed, and is no image here: %s", repository, tag, error)
+            log.info("%s:%s was pushed, and is not an image here: %s", repository, tag, error)
         await self._store.write(lambda txn: _adopted(txn, f"{repository}:{tag}", name))
 
     async def delete_manifest(self, repository: str, reference: str) -> None:

@@ -84,7 +84,7 @@ async def take_back(steps: Sequence[S], effects: Undoes[S]) -> None:
                 log.exception("cannot undo %s", type(step).__name__)
                 failed.append(f"{type(step).__name__}: {error}")
     if failed:
-        raise UndoFailed("could not take back " + "; ".join(failed))
+        raise UndoFailed("could not undo " + "; ".join(failed))
 
 
 async def carry_forward(steps: Sequence[S], effects: Does[S]) -> None:

@@ -214,7 +214,7 @@ class Calls:
                 return await services.builds.get(identifier)
             case Kind.BUILDER:
                 return await services.builds.get_builder(identifier)
-        raise InvalidRequest(f"the {kind} that this call made cannot be shown again; look at the list")
+        raise InvalidRequest(f"the {kind} that this call made cannot be shown again; see the list")
 
 
 def changed_by(operation: str, events: Sequence[Event]) -> tuple[Kind, str] | None:

@@ -170,7 +170,7 @@ class Exporter:
             return "rejected"
         if self._failing:
             self._failing = False
-            _log.info("the OpenTelemetry collector takes data again")
+            _log.info("the OpenTelemetry collector accepts data again")
         return "success"
 
     def _report(self, text: str) -> None:

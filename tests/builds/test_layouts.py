@@ -113,7 +113,7 @@ class FakeRegistry:
     async def put_blob(self, repository: str, digest: str, chunks: AsyncIterator[bytes]) -> None:
         data = b"".join([chunk async for chunk in chunks])
         if digest_of(data) != digest:
-            raise RegistryFailure(Code.DIGEST_INVALID, "the bytes received have not the digest")
+            raise RegistryFailure(Code.DIGEST_INVALID, "the bytes received do not have the digest")
         self.blobs[repository, digest] = data
 
     async def put_manifest(self, repository: str, reference: str, data: bytes, media_type: str) -> tuple[str, str]:

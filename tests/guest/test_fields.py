@@ -59,7 +59,7 @@ def test_file_names_that_are_no_utf8_survive() -> None:
 def test_a_field_that_cannot_be_sent_is_refused_by_name() -> None:
     with pytest.raises(InvalidRequest, match="arg contains a NUL"):
         FieldWriter().text(Tag.ARG, "a\0b")
-    with pytest.raises(InvalidRequest, match="path is no text"):
+    with pytest.raises(InvalidRequest, match="path is not text"):
         FieldWriter().text(Tag.PATH, "\ud800")
     with pytest.raises(InvalidRequest, match="uid 4294967296 is out of range"):
         FieldWriter().u32(Tag.UID, 1 << 32)

@@ -260,7 +260,7 @@ async def test_a_tools_failure_carries_its_own_words(processes: Processes) -> No
     ("script", "limits", "message"),
     [
         ("sleep 60", {"timeout": 0.2}, "did not end within 0.2 s"),
-        ("echo one; sleep 60", {"quiet_limit": 0.2}, "said nothing for 0.2 s"),
+        ("echo one; sleep 60", {"quiet_limit": 0.2}, "printed nothing for 0.2 s"),
         ("yes", {"max_output": 10_000}, "more than 10000 bytes"),
     ],
 )

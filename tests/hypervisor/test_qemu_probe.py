@@ -68,8 +68,8 @@ async def test_kvm_that_runs_a_kernel_is_taken(processes: Processes, tmp_path: P
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        (KVM_HANGS, "said nothing for 0.3 s"),
-        (KVM_HANGS_HALF_WAY, "said nothing for 0.3 s"),
+        (KVM_HANGS, "printed nothing for 0.3 s"),
+        (KVM_HANGS_HALF_WAY, "printed nothing for 0.3 s"),
         (KVM_ABORTS, "SIGABRT.*failed to set MSR 0x10a"),
         (KVM_SILENT, "without a word"),
     ],

@@ -40,7 +40,7 @@ LAYERS: dict[str, tuple[bytes, str]] = {
     "symlink loop": (tar(symlink("a", "b"), symlink("b", "a"), entry("a/x")), "too many symbolic links"),
     "hard link to nothing": (tar(hard_link("pw", "missing")), "does not exist in the image"),
     "hard link to a directory": (tar(directory("d"), hard_link("e", "d")), "which is a directory"),
-    "below a file": (tar(entry("f", data=b"x"), entry("f/g")), "is no directory"),
+    "below a file": (tar(entry("f", data=b"x"), entry("f/g")), "is not a directory"),
     "root is a file": (raw_header(b"./.") + bytes(1024), "something that is not a directory"),
     "unknown type": (raw_header(b"x", kind=b"Z") + bytes(1024), "unknown type"),
     "damaged header": (b"x" * 1024, "checksum"),

@@ -135,7 +135,7 @@ def test_endless_whiteouts_end() -> None:
 
 
 def test_errors_name_the_entry() -> None:
-    with pytest.raises(LayerError, match=r"^entry 'a/\\xff' lies below 'a', which is no directory$"):
+    with pytest.raises(LayerError, match=r"^entry 'a/\\xff' lies below 'a', which is not a directory$"):
         apply(tar(entry("a"), entry("a/\udcff")))
 
 

@@ -80,7 +80,7 @@ def test_null_is_an_absent_field() -> None:
         ({"manifests": []}, "an index and an image at once"),
         ({"mediaType": INDEX_TYPES[0]}, "its content is not that"),
         ({"mediaType": "text/plain"}, "unknown media type"),
-        ({"config": {**CONFIG, "mediaType": "application/vnd.cncf.helm.config.v1+json"}}, "no container image"),
+        ({"config": {**CONFIG, "mediaType": "application/vnd.cncf.helm.config.v1+json"}}, "not a container image"),
         ({"config": {**CONFIG, "size": 1 << 30}}, "config is"),
         ({"config": {**CONFIG, "digest": "sha256:../../etc"}}, "cannot be read"),
         ({"config": {**CONFIG, "digest": "sha512:" + "0" * 128}}, "cannot be read"),

@@ -115,7 +115,7 @@ def test_data_not_read_is_skipped() -> None:
         ({"uid": str(1 << 32)}, "out of range"),
         ({"mtime": "soon"}, "damaged number"),
         ({"path": "a\0b"}, "zero byte"),
-        ({"LIBARCHIVE.xattr.user.x": "?"}, "no base64"),
+        ({"LIBARCHIVE.xattr.user.x": "?"}, "not base64"),
     ],
 )
 def test_bad_records(records: dict[str, str], reason: str) -> None:

@@ -359,7 +359,7 @@ def test_a_restart_policy_with_its_defaults_filled_in(policy: RestartPolicy | No
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("::/0", "is IPv6"), ("10.0.0.0/99", "is no IPv4 network"), ("", "no IPv4")]
+    ("text", "words"), [("::/0", "is IPv6"), ("10.0.0.0/99", "is not an IPv4 network"), ("", "not an IPv4")]
 )
 def test_networks_that_are_none_are_named(text: str, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words) as caught:

@@ -149,7 +149,7 @@ class CloudHypervisorVmm(RemoteVmm):
             if not await gone():
                 await self._put("remove-device", {"id": disk_id})
             if not await became(gone, _UNPLUG_LIMIT):
-                raise VmmBroken(f"the guest did not let go of disk {disk_id!r}")
+                raise VmmBroken(f"the guest did not release disk {disk_id!r}")
             self._now_has_disks(tuple(other for other in self.config.disks if other != disk))
 
     async def resize_disk(self, disk_id: str, size: int) -> None:

@@ -343,7 +343,7 @@ class QemuVmm(LiveVmm):
                         since=since,
                     )
             except trio.TooSlowError:
-                raise VmmBroken(f"the guest did not let go of disk {disk_id!r}") from None
+                raise VmmBroken(f"the guest did not release disk {disk_id!r}") from None
         with contextlib.suppress(QmpRefused):  # there is no such node
             await self._qmp.execute("blockdev-del", {"node-name": native.disk_node(disk_id)})
         if (number := await self._descriptor_set(native.disk_set(disk_id))) is not None:

@@ -73,5 +73,5 @@ def public_problem(name: str) -> str:
     if "_" in name:
         return "has an underscore, which public CAs refuse"
     if name.rpartition(".")[2].isdecimal():
-        return "is no domain name"
+        return "is not a domain name"
     return ""

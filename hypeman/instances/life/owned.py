@@ -188,7 +188,7 @@ class Owned:
             try:
                 await self.save(record)
             except HypemanError as refused:  # a full disk: the instance must not be shown in its old state even so
-                log.error("instance %s is Unknown, which cannot be written down: %s", record.id, refused)
+                log.error("instance %s is Unknown, which cannot be recorded: %s", record.id, refused)
                 self._know(record)
 
     # All or nothing

@@ -160,7 +160,7 @@ class Guests:
     async def plug_volume(self, step: PlugVolume) -> None:
         live = self._context.living(step.instance)
         paths, disk_id = self._context.paths, volume_disk_id(step.volume)
-        with live.asking():  # a disk that was plugged in cannot be taken back from a guest that does not answer
+        with live.asking():  # a disk that was plugged in cannot be removed from a guest that does not answer
             await (await live.wait_guest(SECONDS_TO_ANSWER)).ping()
         await live.vmm.add_disk(volume_disk(paths, step.volume, readonly=step.readonly, port=step.port))
         with live.asking():

@@ -176,7 +176,7 @@ class Live:
         except VmmGone:
             self.lent = 0
         except HypemanError as error:
-            log.warning("%s has not got its memory back: %s", self.vmm.handle.config.instance_id, error.message)
+            log.warning("the memory of %s was not returned: %s", self.vmm.handle.config.instance_id, error.message)
 
     @asynccontextmanager
     async def without_loan(self) -> AsyncIterator[None]:

@@ -215,7 +215,7 @@ def _network(text: str, code: str) -> ipaddress.IPv4Network:
     try:
         found = ipaddress.ip_network(text, strict=False)
     except ValueError:
-        problem = "is no IPv4 network; write an address and a prefix length, as in 192.0.2.0/24"
+        problem = "is not an IPv4 network; write an address and a prefix length, as in 192.0.2.0/24"
     else:
         if isinstance(found, ipaddress.IPv4Network):
             return found

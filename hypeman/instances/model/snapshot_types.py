@@ -79,7 +79,7 @@ class SnapshotPool(Struct, frozen=True, kw_only=True):
 
     snapshot_id: str
     size: Annotated[Count, Meta(description="Requested; 0: the snapshot has no pool")]
-    ready: Annotated[Count, Meta(description="They are made, and made anew, in the background")]
+    ready: Annotated[Count, Meta(description="They are created and replaced in the background")]
     memory_bytes: Annotated[Count, Meta(description="Memory of the host that the ready ones use (PSS)")]
     error: Annotated[str | None, Meta(description="Why there are fewer than requested, after a failure")] = None
 

@@ -40,7 +40,7 @@ CLIENT_SIGNER = "kubernetes.io/kube-apiserver-client-kubelet"
 SERVING_SIGNER = "kubernetes.io/kubelet-serving"
 POLL_SECONDS = 2.0
 REQUEST_SECONDS = 15 * 60.0
-"""A request that is not answered in this time is made anew: the cluster forgets requests after an hour."""
+"""A request that is not answered in this time is repeated: the cluster forgets requests after an hour."""
 RETRY_SECONDS = 30.0
 LOOK_SECONDS = 3600.0
 MIN_LIFE_SECONDS = 600.0

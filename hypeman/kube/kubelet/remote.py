@@ -86,7 +86,7 @@ class Exec:
                 self._connection.receive_data(bytes(data))
                 self._events.extend(self._connection.events())
         except (ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise LocalUnreachable(f"the stream broke: {error}") from None
+            raise LocalUnreachable(f"the connection failed: {error}") from None
         return self._events.popleft()
 
     async def _send_event(self, event: Any) -> None:
@@ -94,7 +94,7 @@ class Exec:
             async with self._sending:
                 await self._stream.send_all(self._connection.send(event))
         except (ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise LocalUnreachable(f"the stream broke: {error}") from None
+            raise LocalUnreachable(f"the connection failed: {error}") from None
 
 
 @asynccontextmanager
