@@ -117,6 +117,29 @@ def test_commands_exist(path: Path) -> None:
             command = found
 
 
+@pytest.mark.parametrize("path", MARKDOWN, ids=relative)
+def test_options_exist(path: Path) -> None:
+    """Options of ``hypeman VERB …`` at the beginning of a line of code, up to ``--``, a pipe or a comment."""
+    for line in code_of(path.read_text()).splitlines():
+        words = re.split(r"\s(?:--|[|#&;<>].*)(?:\s|$)", line)[0].split()
+        if words[:1] != ["hypeman"]:
+            continue
+        command: click.Command = hypeman
+        options = options_of(command)
+        for word in words[1:]:
+            if isinstance(command, click.Group) and (found := command.get_command(click.Context(command), word)):
+                command = found
+                options |= options_of(command)
+                if isinstance(command, click.Group):  # one with a default, as `build .` and `push IMAGE`
+                    options |= {option for each in command.commands.values() for option in options_of(each)}
+            elif re.fullmatch(r"--[a-z-]+(=.*)?|-[A-Za-z]", name := word.strip("[]")):
+                assert name.split("=")[0] in options, f"{line!r}: there is no {name!r}"
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {"--help", *(option for each in command.params for option in (*each.opts, *each.secondary_opts))}
+
+
 def test_every_target_is_described() -> None:
     listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -60,7 +60,7 @@ def _wrong_in_claim(spec: ClaimSpec) -> str:
     try:
         size_gb(spec)
     except (KeyError, BadQuantity):
-        return "spec.resources.requests.storage is no quantity"
+        return "spec.resources.requests.storage is not a quantity"
     return ""
 
 
