@@ -2,7 +2,7 @@
 
 fast    needs no guest, namespace or registry; all of them together take less than a minute on two idle processors
 whole   the same, but slower: crash matrices, servers with real time limits, hostile peers
-real    real kernels, guests, namespaces or registries; wants root
+real    real kernels, guests, namespaces or registries; requires root
 metal   a virtual bare-metal host; `make test-metal` and `make test-appliance` only
 fleet   a control plane of Kubernetes and three hosts in namespaces; `make test-fleet` only
 

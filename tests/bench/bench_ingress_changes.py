@@ -88,7 +88,7 @@ async def measure(count: int, own_ports: bool) -> tuple[float, float]:
 
 def run(count: int = 1000) -> list[Result]:
     if os.geteuid() != 0:
-        print("ingress_changes: wants root for a network namespace")
+        print("ingress_changes: requires root for a network namespace")
         return []
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "unshare")

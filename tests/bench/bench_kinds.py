@@ -1,6 +1,6 @@
 """The kinds of VMM side by side, on KVM: boot, save, bring back, fork, and the memory of a fork.
 
-Wants Cloud Hypervisor or Firecracker, and KVM. Where there is only virtual KVM (tests/metal), what counts is the
+Requires Cloud Hypervisor or Firecracker, and KVM. Where there is only virtual KVM (tests/metal), what counts is the
 ratio to QEMU: ``python -m tests.metal.vmm_host`` boots such a host and runs this on it.
 """
 

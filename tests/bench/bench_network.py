@@ -34,7 +34,7 @@ SUBNET = Subnet.parse("10.100.0.0/16")
 
 def run() -> list[Result]:
     if os.geteuid() != 0:
-        print("network: wants root for a network namespace")
+        print("network: requires root for a network namespace")
         return []
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET | _CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")

@@ -68,7 +68,7 @@ class _Elsewhere:
 
 def run() -> list[Result]:
     if os.geteuid() != 0:
-        print("ports: wants root for network namespaces")
+        print("ports: requires root for network namespaces")
         return []
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET | _CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")

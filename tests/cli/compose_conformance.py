@@ -11,7 +11,7 @@ here. The peer is compose-go itself (``compose_go/main.go``). Each case is one l
     not supported   compose-go loads it, we refuse it, for the reason that follows
     accepted        we load what compose-go refuses
 
-A case on which both load and disagree fails the test. Part of `make test-conformance`, which wants Go.
+A case on which both load and disagree fails the test. Part of `make test-conformance`, which requires Go.
 """
 
 from __future__ import annotations

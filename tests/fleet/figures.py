@@ -1,4 +1,4 @@
-"""Figures of one node: ``python -m tests.fleet.figures`` prints them (three minutes; wants root and the control plane).
+"""Figures of one node: ``python -m tests.fleet.figures`` prints them (three minutes; as root, with the control plane).
 
 pods      100 are created at once on a host whose VMMs are fakes that take no time; what is left is the scheduler's
           share, the node program's and the server's

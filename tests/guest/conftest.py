@@ -30,7 +30,7 @@ class Agent:
 
     def __init__(self, root: Path, *options: str) -> None:
         if os.geteuid() != 0:
-            pytest.skip("the agent changes users: wants root")
+            pytest.skip("the agent changes users: requires root")
         ours, theirs = socket.socketpair()
         with theirs:
             command = [

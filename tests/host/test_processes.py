@@ -27,7 +27,7 @@ from hypeman.host.processes import (
 )
 from hypeman.host.temporary_access import encode_acl, temporary_access
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="wants root: changes users and namespaces")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="requires root: changes users and namespaces")
 
 
 @pytest.fixture

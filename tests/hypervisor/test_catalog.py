@@ -44,7 +44,7 @@ async def test_an_answer_is_remembered(store: Store, tmp_path: Path) -> None:
     assert await was_asked(store, program, "accelerator=kvm")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="making a device node wants root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a device node requires root")
 async def test_a_device_is_known_by_its_permissions_and_not_by_its_time(store: Store, tmp_path: Path) -> None:
     """udev gives /dev/kvm a new time with every VM."""
     device = tmp_path / "kvm"

@@ -61,7 +61,7 @@ class Taps:
 @pytest.fixture
 def taps() -> Iterator[Taps]:
     if os.geteuid() != 0 or not os.access("/dev/net/tun", os.R_OK | os.W_OK):
-        pytest.skip("wants root and /dev/net/tun")
+        pytest.skip("requires root and /dev/net/tun")
     made = Taps()
     yield made
     made.close()

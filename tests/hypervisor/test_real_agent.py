@@ -1,7 +1,7 @@
 """The guest agent itself on every real VMM with KVM: how it is reached, and what it does around a saved state.
 
 The program runs, its guest is reached (virtio-serial or vsock), it reaches the host by network, sleeps, wakes, is
-copied, is given a disk. Wants KVM, root and a network namespace of its own, for Firecracker opens TAPs by name.
+copied, is given a disk. Requires KVM, root and its own network namespace, since Firecracker opens TAPs by name.
 """
 
 from __future__ import annotations
@@ -178,9 +178,9 @@ def check_walls(vmm: Vmm) -> None:
 @pytest.fixture
 def place(guest_files: tuple[Path, Path], folder: Path, capabilities: Capabilities) -> Iterator[Place]:
     if capabilities.accelerator != "kvm":
-        pytest.skip("wants KVM; without it the guest's own tests have the agent on QEMU")
+        pytest.skip("requires KVM; without it the guest's own tests have the agent on QEMU")
     if os.geteuid() != 0 or os.readlink("/proc/self/ns/net") == os.readlink("/proc/1/ns/net"):
-        pytest.skip("wants a network namespace of its own: unshare --net")
+        pytest.skip("requires a network namespace of its own: unshare --net")
     made = Place(folder, *guest_files)
     yield made
     made.taken_down()

@@ -191,7 +191,7 @@ async def test_a_firecracker_that_needs_libraries_counts_as_not_available(
     """It tells its version on the host, and in its jail it could not even start."""
     compiler = shutil.which("cc")
     if compiler is None or os.geteuid() != 0:
-        pytest.skip("wants a C compiler and root")
+        pytest.skip("requires a C compiler and root")
     binary = folder / "programs" / "firecracker-linked"
     source = folder / "firecracker.c"
     source.write_text('#include <stdio.h>\nint main(void) { puts("Firecracker v1.16.1"); return 0; }\n')

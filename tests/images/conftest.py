@@ -111,7 +111,7 @@ async def registry() -> AsyncIterator[FaultyRegistry]:
 
 def need_root() -> None:
     if os.geteuid() != 0:
-        pytest.skip("wants root")
+        pytest.skip("requires root")
 
 
 Start = Callable[..., Awaitable[Images]]

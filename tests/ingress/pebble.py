@@ -44,7 +44,7 @@ def why_not() -> str:
     """Why it cannot be used; empty if it can."""
     if not PROGRAM.exists():
         return "pebble is not built; `make test-conformance` does that"
-    return "" if os.geteuid() == 0 else "wants root for ports and a namespace"
+    return "" if os.geteuid() == 0 else "requires root for ports and a namespace"
 
 
 class Pebble:

@@ -153,7 +153,7 @@ def revoke(settings: Settings, account: AccountRow, chain: str) -> None:
 
 
 def obtain(folder: Path, ca: Pebble, kill_at: int, *, after: bool) -> None:
-    """In a process of its own: a server's part that wants a certificate, killed at its n-th request to the CA."""
+    """In a process of its own: a server's part that requires a certificate, killed at its n-th request to the CA."""
     count = 0
     send = _Session.send
 

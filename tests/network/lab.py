@@ -65,7 +65,7 @@ def in_namespace(test: Callable[..., Awaitable[None] | None]) -> Callable[[], No
     @pytest.mark.real
     def run() -> None:
         if os.geteuid() != 0:
-            pytest.skip("wants root for a network namespace")
+            pytest.skip("requires root for a network namespace")
         command = ["unshare", "--net", "--mount", sys.executable, "-W", "error", "-m", "tests.network.lab"]
         done = subprocess.run(
             [*command, inspect.getfile(test), test.__name__],

@@ -52,7 +52,7 @@ def make_root(suite: str, packages: str = PACKAGES, *, name: str = "") -> Path:
     if kept.exists():
         return kept
     if os.geteuid() != 0 or shutil.which("mmdebstrap") is None:
-        pytest.skip("wants root and mmdebstrap")
+        pytest.skip("requires root and mmdebstrap")
     KEPT.mkdir(parents=True, exist_ok=True)
     half = kept.with_name(f"{kept.name}.new")
     subprocess.run(["rm", "-rf", half], check=True)

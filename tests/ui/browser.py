@@ -1,6 +1,6 @@
 """The web UI in Chromium: on a server of fakes, then with a real guest. `make test-ui` runs it.
 
-Server and browser are in a network namespace of their own. Not part of `make test`: it wants a browser.
+Server and browser are in a network namespace of their own. Not part of `make test`: it requires a browser.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def build(folder: Path) -> Path:
     """The program for ``hypervisor.qemu_binary``. It is linked with QEMU's libraries, so that they are in its root."""
     compiler = shutil.which("gcc")
     if compiler is None or not QEMU:
-        pytest.skip("wants gcc and qemu-system-x86_64")
+        pytest.skip("requires gcc and qemu-system-x86_64")
     qemu = os.path.realpath(QEMU)
     modules = os.path.dirname((glob.glob("/usr/lib*/*/qemu/*.so") or ["/usr/lib/qemu/none"])[0])
     library, program = folder / "hostile.so", folder / "hostile-qemu"

@@ -24,7 +24,7 @@ from tests.walls.hostile_vmm import Entry, differences, picture
 
 __all__ = ["folder", "make_config", "make_driver", "processes"]
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="wants root: changes users")
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="requires root: changes users")
 
 PLANS = ("before", "after", "before everything", "after everything")
 """Attacks before the VMM does what it was asked, or before it answers; with everything, it does not spare itself."""

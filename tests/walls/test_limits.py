@@ -21,7 +21,7 @@ from hypeman.hypervisor.vmm_process import (
     take_back_directories,
 )
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="wants root: gives directories to other users")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="requires root: gives directories to other users")
 VMM_UID = 510017
 MIB = 1 << 20
 

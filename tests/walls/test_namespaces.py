@@ -16,7 +16,7 @@ import trio
 
 from hypeman.host.processes import Process, Processes, Program, SpawnFailed
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="wants root: makes namespaces and changes users")
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="requires root: makes namespaces and changes users")
 
 PYTHON = "/usr/bin/python3"
 SYSTEM = ("/usr", "/lib", "/lib64")

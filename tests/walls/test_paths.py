@@ -15,7 +15,7 @@ from hypeman.host.files import Files, HostError
 from hypeman.host.ownership import repair
 from hypeman.host.safe_open import open_beneath, open_directory, open_log, open_regular, read_start
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="wants root: gives files to other users")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="requires root: gives files to other users")
 VMM_UID = 510017
 SECRET = "another tenant's"
 

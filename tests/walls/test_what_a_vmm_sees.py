@@ -29,7 +29,7 @@ from tests.hypervisor.conftest import config_maker, folder, processes
 
 __all__ = ["folder", "processes"]
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="wants root: makes namespaces and changes users")
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="requires root: makes namespaces and changes users")
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "walls"
 KINDS = ("qemu", "cloud-hypervisor", "firecracker", "firecracker-with-a-network")
@@ -49,7 +49,7 @@ class Proved(KvmProof):
 def programs(folder: Path) -> Path:
     compiler = shutil.which("gcc")
     if compiler is None:
-        pytest.skip("wants gcc")
+        pytest.skip("requires gcc")
     made = folder / "programs"
     made.mkdir(mode=0o755)
     source = Path(__file__).with_name("look.c")
