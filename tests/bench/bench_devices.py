@@ -1,6 +1,6 @@
 """The PCI scan against a plain Python one, lspci and its own twin, on made-up trees in memory.
 
-A made-up tree has no drivers behind its files, so real figures are larger for everybody; the ratios
+A made-up tree has no drivers behind its files, so real figures are all larger; the ratios
 are what counts. CPU time, since all of them do nothing but system calls and computing; lspci is a process of
 its own, as its callers pay for that too.
 """
@@ -88,7 +88,7 @@ def run() -> list[Result]:
 
 
 def _per_function(work: Callable[[], object], functions: int) -> Measure:
-    """CPU microseconds per function; small trees are gone through several times, so that clocks can tell."""
+    """CPU microseconds per function; small trees are gone through several times, so that the clock resolves it."""
     times = max(1, 512 // functions)
 
     def measure() -> float:

@@ -1,7 +1,7 @@
 """The agent in a real guest (QEMU without KVM): boot phases, exec, copy, memory, sizes.
 
 The peer of an exec is what the guest itself needs for the same program: a shell in the guest runs it in a
-loop and tells how long one took, so the ratio is what the way through the channel adds.
+loop and reports how long one took, so the ratio is what the channel adds.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ and engine are real. HYPEMAN_BENCH_WAKES sets the number of requests, HYPEMAN_BE
 a VMM are killed in turn; no more are begun after HYPEMAN_BENCH_SECONDS. ``wake_many`` does the same with 100
 instances, ``wake_guests`` with real guests and without kills.
 
-``scan``: what the server spends while somebody whom its policy ignores sends as much as he can to one in standby.
+``scan``: what the server spends while a peer that the policy ignores floods an instance in standby.
 """
 
 from __future__ import annotations

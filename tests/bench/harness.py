@@ -5,7 +5,7 @@ much. So `compare` runs both in turn, several rounds, each round in the other or
 before, and reports the median of the ratios round by round: what slows the machine down for a
 while slows both. CPU time is steadier than wall time; prefer it where waiting is not the point.
 
-Nothing here asserts: a benchmark tells, a test judges.
+Nothing here asserts: a benchmark reports, a test judges.
 """
 
 from __future__ import annotations

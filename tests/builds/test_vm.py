@@ -1,4 +1,4 @@
-"""What the machine of a build does about the instance and the volume that it wants, on fakes of these."""
+"""How a build's machine creates and removes its instance and volume, on fakes of these."""
 
 from __future__ import annotations
 

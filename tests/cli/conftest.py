@@ -107,7 +107,7 @@ def cli(server: Running) -> Cli:
 
 @pytest.fixture
 def shell(server: Running) -> Callable[..., subprocess.CompletedProcess[bytes]]:
-    """The same as a process of its own, for what wants real descriptors."""
+    """The same as a separate process, for what needs real descriptors."""
 
     def call(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "hypeman", "--base-url", server.url, *arguments]

@@ -670,7 +670,7 @@ def test_ports_are_requested_shown_and_changed(cli: Any, server: Any) -> None:
 
 
 def test_changed_ports_are_shown_as_they_were_chosen(cli: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `-p 80` the server finds a free port: nobody else can say which."""
+    """With `-p 80` the server finds a free port: only it knows which."""
     web = server.world.instances.add("web")
     chosen = msgspec.structs.replace(web, ports=(PortMapping(host_port=32768, guest_port=80),))
 

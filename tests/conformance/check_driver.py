@@ -93,7 +93,7 @@ class Bench:
 
 
 def _open_directory(path: Path) -> Path:
-    """A new directory that the caller would give to the VMM's user; here it is everybody's."""
+    """A new directory that the caller would give to the VMM's user; here it is accessible to all."""
     path.mkdir()
     path.chmod(0o777)
     return path

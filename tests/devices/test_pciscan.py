@@ -35,7 +35,7 @@ def make(request: pytest.FixtureRequest) -> Make:
 
 
 def test_reads_every_field(make: Make, tree: Tree) -> None:
-    """Of a bridge only what tells that it is one; the NUMA node of a bus once."""
+    """Of a bridge only what identifies it as one; the NUMA node of a bus once."""
     tree.add(FakeFunction(address="0000:01:00.0", total_vfs=4, numa=1, group=7))
     tree.add(FakeFunction(address="0000:01:00.1", driver=None, physfn="0000:01:00.0", group=None, reset=None))
     tree.add(FakeFunction(address="0000:02:00.0", class_code=0x060400, driver="pcieport", group=8, numa=1))
@@ -218,7 +218,7 @@ def test_more_makers_of_virtual_functions_than_are_remembered(tree: Tree) -> Non
 
 
 def test_random_histories_look_the_same_to_both(tree: Tree) -> None:
-    """After any change, what look() tells turns the old picture into what a new scan sees."""
+    """After any change, the differences that look() reports turn the old picture into what a new scan sees."""
     _pciscan_c = pytest.importorskip("hypeman._native._pciscan_c")
     rng = random.Random(20)
     tree.add_all(server(60))

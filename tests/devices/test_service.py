@@ -379,7 +379,7 @@ async def test_a_device_that_vanishes_from_a_running_guest_is_reported_once(
 
 
 async def test_a_stopped_instance_keeps_its_device(store: Store, devices: Devices) -> None:
-    """Decided so: a start never fails because somebody else took the device meanwhile. See README.md."""
+    """By design: a start never fails because another instance took the device in between. See README.md."""
     await register(devices, NIC, "nic")
     await claim(store, devices, "one", "nic")
     await devices.bind("one")

@@ -122,7 +122,7 @@ def uevent(f: FakeFunction) -> str:
 
 
 def config_space(f: FakeFunction) -> bytes:
-    """The 64 bytes that lspci wants to see."""
+    """The 64 bytes that lspci reads."""
     head = bytearray(64)
     head[0:4] = f.vendor.to_bytes(2, "little") + f.device.to_bytes(2, "little")
     head[9:12] = f.class_code.to_bytes(3, "little")

@@ -68,7 +68,7 @@ class Vm:
 
     def end(self, how: str) -> None:
         if CLOUD_HYPERVISOR and how != "poweroff":
-            self.tell("vm", "rebooting")  # and it boots again: somebody must stop it
+            self.tell("vm", "rebooting")  # and it boots again unless it is killed
             return
         if CLOUD_HYPERVISOR:
             self.tell("vm", "shutdown")

@@ -128,7 +128,7 @@ DIGEST = "sha256:" + "ab" * 32
 
 
 def normalized(ref: str) -> str:
-    """As much of Docker's rules as the tests want."""
+    """As much of Docker's rules as the tests need."""
     ref = ref if ref.rpartition("/")[2].count(":") else ref + ":latest"
     if "/" not in ref:
         ref = "library/" + ref

@@ -106,7 +106,7 @@ def measure_claims(fleet: Fleet, host: Host) -> None:
 
 
 class Watched:
-    """Pods as the API server tells of them."""
+    """Pods as the API server reports them."""
 
     def __init__(self, events: subprocess.Popen[bytes]) -> None:
         assert events.stdout is not None

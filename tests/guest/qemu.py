@@ -1,4 +1,4 @@
-"""Starts a guest on QEMU with nothing else of ours: the guest's tests want no driver, store or server.
+"""Starts a guest on QEMU with nothing else of ours: the guest's tests need no driver, store or server.
 
 Command line after the recommendations for TCG: q35, an uncompressed kernel, a virtio-serial port for the agent.
 """

@@ -121,7 +121,7 @@ def test_every_cut(agent: Agent, name: str) -> None:
 
 @pytest.mark.parametrize("cut", [1, 5, 11, 12, 13, 200, 211, 215])
 def test_a_new_host_is_recognised_in_the_middle_of_an_old_frame(agent: Agent, cut: int) -> None:
-    """As after a host's death on a virtio-serial port: the beginning of a frame, then somebody else's greeting."""
+    """As after a host's death on a virtio-serial port: the beginning of a frame, then the greeting of another host."""
     first = Host(agent)
     first.check()
     whole = first.frame(FrameType.DATA, 1, b"x" * 200)
@@ -219,7 +219,7 @@ def test_an_endless_request_breaks_the_connection(agent: Agent, host: Host) -> N
 
 
 def test_a_host_that_does_not_read_stops_nothing_but_itself(agent: Agent, host: Host) -> None:
-    """Sixty programs that print without end into a wire that nobody reads: no memory, no spinning."""
+    """Sixty programs that print without end into a wire without a reader: no memory, no spinning."""
     for _ in range(60):
         host.connection.open(Op.EXEC, FieldWriter().text(Tag.ARG, "yes"))
     host.flush()

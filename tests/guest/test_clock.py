@@ -94,7 +94,7 @@ async def test_when_a_clock_is_corrected(
 async def test_the_clock_of_a_restored_guest_is_corrected_when_it_is_thawed(
     step: list[int], monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """Before that it has other work, which its client waits for; if nobody thaws it, it thaws itself."""
+    """Before that it has other work, which its client waits for; without a thaw it thaws itself."""
     for seconds, first in ((5.0, 5.0), (None, 10.0)):
         ours, _ = trio.testing.memory_stream_pair()
         client = GuestClient(ours, nonce=bytes(16))

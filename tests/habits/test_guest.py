@@ -94,7 +94,7 @@ async def check_the_first_program_had_the_time(client: GuestClient, console: byt
 
 
 async def check_a_wrong_clock_is_corrected(client: GuestClient) -> None:
-    """After a pause, during which the guest's clock stood still; here somebody has set it."""
+    """After a pause, during which the guest's clock stood still; here the test has set it."""
     await run(client, "date", "-s", "@1700000000")
     client.hold(True)
     client.hold(False)

@@ -329,7 +329,7 @@ def test_a_file_that_all_may_read_gets_no_acl(tmp_path: Path) -> None:
     with temporary_access(file, 12345, write=False):
         assert os.listxattr(file) == []
     with temporary_access(file, 12345):
-        assert file.stat().st_mode & 0o777 == 0o664, "everybody else can still read; the group bits show the mask"
+        assert file.stat().st_mode & 0o777 == 0o664, "all others can still read; the group bits show the mask"
     assert file.stat().st_mode & 0o777 == 0o644
 
 

@@ -42,7 +42,7 @@ def runs() -> Iterator[Path]:
 
 @pytest.fixture
 def everybodys() -> Iterator[Path]:
-    """A file that everybody may read and write, outside of all folders of VMs."""
+    """A file that all may read and write, outside of all folders of VMs."""
     with tempfile.TemporaryDirectory(prefix="everybodys-") as name:
         Path(name).chmod(0o777)
         file = Path(name, "disk.raw")

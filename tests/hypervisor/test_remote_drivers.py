@@ -188,7 +188,7 @@ async def test_how_a_vmm_of_an_earlier_server_ended(
 async def test_a_firecracker_that_needs_libraries_counts_as_not_available(
     linked: str, make_driver: Make, folder: Path, processes: Processes
 ) -> None:
-    """It tells its version on the host, and in its jail it could not even start."""
+    """It prints its version on the host, but could not start in its jail."""
     compiler = shutil.which("cc")
     if compiler is None or os.geteuid() != 0:
         pytest.skip("requires a C compiler and root")

@@ -37,7 +37,7 @@ Rule = Callable[[Request], Response | None]
 
 
 class FaultyRegistry:
-    """Answers every request by the first rule that wants to, else as a registry should."""
+    """Answers every request by the first rule that applies, else as a registry should."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []

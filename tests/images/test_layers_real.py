@@ -265,7 +265,7 @@ def random_layers(chance: random.Random) -> list[bytes]:
 
 
 def test_random_layers(tmp_path: Path) -> None:
-    """Hundreds of whiteouts, links and replacements in an order that nobody thought of."""
+    """Hundreds of whiteouts, links and replacements in a random order."""
     need_root()
     need("umoci")
     begun = time.time_ns()

@@ -333,7 +333,7 @@ async def test_a_token_service_is_not_on_this_host() -> None:
     trio.socket.set_custom_hostname_resolver(Names())
 
     def answer(request: httpx.Request) -> httpx.Response:
-        assert request.url.host == "registry.test", "nobody else is asked"
+        assert request.url.host == "registry.test", "no other host is asked"
         challenge = 'Bearer realm="http://169.254.169.254/latest/meta-data",service="x"'
         return httpx.Response(401, headers={"WWW-Authenticate": challenge})
 

@@ -53,7 +53,7 @@ def test_ends_with_its_server(tmp_path: Path) -> None:
 
 
 def test_has_no_rights(tmp_path: Path) -> None:
-    """After the first layer it is nobody, cannot become anybody, and has no network."""
+    """After the first layer it is nobody, cannot become another user, and has no network."""
     need_root()
     layer = tar(entry("x", data=b"x"))
     (tmp_path / "layer").write_bytes(layer)

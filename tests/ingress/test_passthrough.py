@@ -29,7 +29,7 @@ async def put(here: World, hostname: str, instance: str = "a", port: int = 0, re
 
 
 def server_context(*protocols: str) -> ssl.SSLContext:
-    """It requires a certificate of the client, which only a client at its other end can show."""
+    """It requires a client certificate, which only the client at the other end can show."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     ROOT.issue_cert("raw.test", "*.raw.test").configure_cert(context)
     OTHER.configure_trust(context)

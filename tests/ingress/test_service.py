@@ -57,7 +57,7 @@ def make_folder() -> Path:
 
 
 def is_free(port: int) -> bool:
-    """Whether nobody listens there; past connections in TIME_WAIT do not count."""
+    """Whether nothing listens there; past connections in TIME_WAIT do not count."""
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -390,7 +390,7 @@ class FakeTemplates:
 
 
 class FakeGuest:
-    """An agent that is ready at once, obeys, and tells how its program ended."""
+    """An agent that is ready immediately, does what is requested, and reports how its program ended."""
 
     def __init__(self, process: Any) -> None:
         self._process = process

@@ -25,7 +25,7 @@ class _Vmm:
     async def open_channel(self) -> object:
         self.opened += 1
         if self.opened > self._good:
-            raise OSError("nobody there")
+            raise OSError("not listening")
         return object()
 
     async def wait_exit(self) -> VmmExit:
@@ -50,7 +50,7 @@ class _Guest:
             raise self._error
 
 
-@pytest.mark.parametrize("error", [None, ValueError("bytes that nobody thought of")])
+@pytest.mark.parametrize("error", [None, ValueError("unforeseen bytes")])
 async def test_a_lost_channel_is_opened_again_more_and_more_slowly(
     autojump_clock: trio.testing.MockClock, error: Exception | None
 ) -> None:

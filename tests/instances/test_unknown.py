@@ -296,7 +296,7 @@ async def test_a_watch_that_fails_is_restarted(lab: Lab, monkeypatch: pytest.Mon
             return await wait_exit(vmm)
         await trio.lowlevel.checkpoint()
         broke.set()
-        raise ValueError("nobody thought of this")
+        raise ValueError("unforeseen")
 
     async with lab.running() as instances:
         await running(lab, instances)
@@ -311,7 +311,7 @@ async def test_a_watch_that_fails_is_restarted(lab: Lab, monkeypatch: pytest.Mon
 
 async def test_a_vmm_whose_connections_cannot_be_closed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     async def refuse(vmm: FakeVmm) -> None:
-        raise ValueError("nobody thought of this")
+        raise ValueError("unforeseen")
 
     async with lab.running() as instances:
         await running(lab, instances)

@@ -99,7 +99,7 @@ class FakeCluster(httpx.AsyncBaseTransport):
     # ── For tests ───────────────────────────────────────────────────────────────────────────────
 
     def put(self, path: str, body: Object) -> Object:
-        """Create or replace the object at ``path``, as somebody else would."""
+        """Create or replace the object at ``path``, as another client would."""
         namespace, name = _split(path)
         made = copy.deepcopy(body)
         about = made.setdefault("metadata", {})

@@ -1,4 +1,4 @@
-"""The node's own certificate: one that has ended keeps nobody from being fenced."""
+"""The node's own certificate: an expired one does not prevent fencing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.kube.fake_host import FakeHost
 
 @pytest.fixture
 def settings(tmp_path: Path) -> NodeConfig:
-    """Of a node that has joined with a bootstrap token; nobody listens at its API server's address."""
+    """Of a node that has joined with a bootstrap token; nothing listens at its API server's address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -463,7 +463,7 @@ async def test_a_warm_pool_is_forked_from_one_boot(world: World, autojump_clock:
         for path in paths:
             world.cluster.delete_pod(path)
         await world.until(lambda: all(world.phase(path) == "gone" for path in paths))
-        assert len(world.host.instances) == 1, "the pool may want it again"
+        assert len(world.host.instances) == 1, "the pool may need it again"
         world.cluster.remove(WARM_POOL_PATH)
         await world.until(lambda: not world.host.instances)
 

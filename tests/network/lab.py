@@ -56,7 +56,7 @@ _INSIDE = "HYPEMAN_TEST_INSIDE_NAMESPACE"
 
 
 def in_namespace(test: Callable[..., Awaitable[None] | None]) -> Callable[[], None]:
-    """Run ``test`` in namespaces of its own; skip without root. An async one is given a Lab if it wants one."""
+    """Run ``test`` in namespaces of its own; skip without root. An async one gets a Lab, if it takes one."""
 
     if _INSIDE in os.environ:  # where pytest, which is slow to import, is not wanted
         return SimpleNamespace(inside=test)  # type: ignore[return-value]

@@ -21,7 +21,7 @@ WEB, DB, ALONE = "10.100.0.2", "10.100.0.3", "10.100.0.4"
 
 
 class Instances:
-    """web and db may reach each other, alone nobody."""
+    """web and db may reach each other, alone no one."""
 
     def __init__(self) -> None:
         self.leases = {

@@ -176,7 +176,7 @@ async def test_a_detached_guest_is_closed_before_its_tap_goes(lab: Lab) -> None:
 
 @in_namespace
 async def test_ipv6_is_closed(lab: Lab) -> None:
-    """By the switch, and by the rule alone after somebody has switched IPv6 on for all links."""
+    """By the switch, and by the rule alone after IPv6 was switched on for all links."""
     guest = await lab.guest()
     await _ipv6_goes_nowhere(guest)
     sh(f"sysctl -qw net.ipv6.conf.{guest.lease.tap}.disable_ipv6=0")

@@ -387,7 +387,7 @@ async def test_an_instance_that_is_deleted_in_the_middle_leaves_nothing(lab: Lab
             each.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 while True:
-                    each.send(bytes(1 << 16))  # more than anybody reads
+                    each.send(bytes(1 << 16))  # more than the peer reads
         asking = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
         asking.sendto(b"one", ("::1", 7007))
         await wait_until(lambda: lab.network.published.relays.connections == 6)

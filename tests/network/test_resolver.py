@@ -26,7 +26,7 @@ ELSEWHERE = "198.51.100.7"
 
 
 class Upstream:
-    """A name server in the world that knows one address for every name, and is slow to tell "slow" names."""
+    """A name server in the world that knows one address for every name, and is slow for "slow" names."""
 
     def __init__(self, world: Host) -> None:
         self.asked: list[tuple[str, str]] = []

@@ -32,4 +32,4 @@ def _diagnosis(appliance: object) -> str:
     try:
         return str(appliance.diagnosis())  # type: ignore[attr-defined]
     except Exception as error:  # the host itself may be what failed
-        return f"the host does not tell: {error}"
+        return f"the host does not report it: {error}"

@@ -31,7 +31,7 @@ case "$*" in
 *"start "*hypeman.service*)
     mkdir -p /run/hypeman /var/lib/hypeman
     chmod 711 /var/lib/hypeman
-    export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin # systemd's, not that of whoever installs
+    export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin # systemd's, not that of the installing user
     setsid /usr/bin/hypeman serve >>/var/log/hypeman.log 2>&1 </dev/null &
     echo $! > $pid
     n=0
@@ -46,7 +46,7 @@ exit 0
 
 
 def make_root(suite: str, packages: str = PACKAGES, *, name: str = "") -> Path:
-    """The root of a Debian suite, which nobody writes to; skips where none can be made. ``name``: of another set of
+    """The root of a Debian suite, which is never written to; skips where none can be made. ``name``: of another set of
     packages."""
     kept = KEPT / (name or suite)
     if kept.exists():

@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks, which nobody would notice being wrong."""
+"""The arithmetic of benchmarks, in which an error would go unnoticed."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_attempts_are_forgotten_once_it_is_stable() -> None:
     memory = Memory(attempts=3, last_attempt_at=at(0))
     assert decide(ALWAYS, memory, running(), at(599)) == Decision(memory, look_at=at(600))
     assert decide(ALWAYS, memory, running(), at(600)).memory.attempts == 0
-    ended = decide(ALWAYS, memory, stopped(ran=700, now=701), at(701))  # nobody looked in between
+    ended = decide(ALWAYS, memory, stopped(ran=700, now=701), at(701))  # not evaluated in between
     assert ended.memory.attempts == 0 and ended.look_at == at(706)
 
 

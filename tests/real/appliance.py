@@ -311,7 +311,7 @@ class Appliance:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def vmms(self) -> dict[int, str]:
-        """Processes of VMMs of this appliance: pid and run directory, or, where that is known to nobody, the mark."""
+        """Processes of VMMs of this appliance: pid and run directory, or, where that is not known, the mark."""
         vms = self.socket.parent / "vm"
         ids = {path.name for place in (vms, self.data / "instances") if place.is_dir() for path in place.iterdir()}
         by_argument = {mark_argument(str(vms / each)): str(vms / each) for each in ids}

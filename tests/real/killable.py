@@ -1,7 +1,7 @@
 """The real server, with a bomb in it: ``python -m tests.real.killable FILE``.
 
 It counts the moments at which trouble would hurt. While FILE is there it says which kind and how many moments
-to let pass; at the next one it happens, once, and FILE.where tells the moment's name:
+to let pass; at the next one it happens, once, and FILE.where has the moment's name:
 
     {"run": 1, "kind": "server", "at": 7}               the server kills itself with SIGKILL
     {"run": 2, "kind": "vmm", "at": 7, "spare": ""}     all VMMs are killed with SIGKILL, that of ``spare`` apart

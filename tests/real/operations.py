@@ -170,7 +170,7 @@ async def wait_for_note(appliance: Appliance, name: str, where: str = "") -> Non
 
 
 async def wait_at_rest(appliance: Appliance, states: Set[str], where: str) -> dict[str, str]:
-    """States by name, once that of ``one`` is among ``states`` and nobody's is on the way."""
+    """States by name, once that of ``one`` is among ``states`` and none is in transition."""
     with trio.move_on_after(PATIENCE):
         while True:
             found = {i["name"]: i["state"] for i in await appliance.get("/instances")}
@@ -182,7 +182,7 @@ async def wait_at_rest(appliance: Appliance, states: Set[str], where: str) -> di
 
 
 async def check_whole(appliance: Appliance, where: str) -> None:
-    """Everything that lies about has an owner, and everybody is whole: what runs answers, what sleeps can be
+    """Everything that exists has an owner and works: what runs answers, what is in standby can be
     woken, what stopped can be started, and of each snapshot a fork can be made."""
     await end_pools(appliance)
     await check_owned(appliance, where)

@@ -250,7 +250,7 @@ async def test_the_origin_sees_the_secret_and_the_guest_never_does(mediated: App
     assert redirected["authorization"] == [f"Bearer {SECRET}"]
     # another host of the same server: passed through unread, verified by the guest itself against its own roots
     code, _ = await mediated.exec("one", "curl", "-sS", f"https://{OTHER}/")
-    assert code == 60, "the guest does not know the origin's authority, and nobody stands in between"
+    assert code == 60, "the guest does not know the origin's authority, and nothing stands in between"
 
     code, env = await mediated.exec("one", "env")
     assert code == 0 and "API_KEY=mock-API_KEY" in env and "PLAIN=1" in env and "REAL" not in env

@@ -7,7 +7,7 @@ each operation is a test of its own. The same moments are all visited, with a VM
 tests/instances/test_lifecycle.py.
 
 After each the instance is in a state that the operation may leave, no process, TAP, file, lease or
-reservation is without an owner, everybody can be used, and everything can be deleted.
+reservation is without an owner, every instance can be used, and everything can be deleted.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ PRINT = f'awk "BEGIN {{ while (i < {LINES}) printf \\"%09d {PAD[:-1]}\\n\\", i++
 
 
 async def test_followers(appliance: Appliance) -> None:
-    # It waits for the go, so that nobody comes late.
+    # It waits for the go, so that no reader comes late.
     await appliance.create("one", cmd=["sh", "-c", f"echo ready; until [ -e /go ]; do sleep 0.2; done; {PRINT}"])
     expected = hashlib.md5(usedforsecurity=False)
     for number in range(LINES):

@@ -1,4 +1,4 @@
-"""Standby, restore, fork and snapshots of real guests: what runs, runs on; what is somebody else's stays so."""
+"""Standby, restore, fork and snapshots of real guests: what runs keeps running; what belongs to others is untouched."""
 
 from __future__ import annotations
 

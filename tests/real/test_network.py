@@ -286,7 +286,7 @@ while True:
 
 
 class Queue(NamedTuple):
-    """A token bucket as the kernel tells it."""
+    """A token bucket as the kernel reports it."""
 
     bytes: int
     """That have passed."""
@@ -341,7 +341,7 @@ async def measure(appliance: Appliance, limits: dict[str, int]) -> None:
                 assert min(each.queues[device].backlog for each in looks) < bucket.queue // 2, reported
         if not unproved:
             return
-    print(f"not kept full, so nobody can tell: {unproved}")
+    print(f"not kept full, so not conclusive: {unproved}")
 
 
 async def test_limits_hold_in_each_direction_and_together(directory: Path, frame_program: Path) -> None:

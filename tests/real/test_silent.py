@@ -12,7 +12,7 @@ from tests.real.appliance import PATIENCE, ROOT, Appliance
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 STOP_THE_KERNEL = "echo 0 > /proc/sys/kernel/panic; (sleep 0.5; echo c > /proc/sysrq-trigger) >/dev/null 2>&1 &"
-"""A panic that does not reset: the processor spins, the devices are there, nobody answers."""
+"""A panic that does not reset: the processor spins, the devices are there, nothing answers."""
 
 
 async def make_silent(appliance: Appliance, name: str) -> None:
@@ -60,7 +60,7 @@ async def test_a_silent_guest_is_shown_refuses_and_can_be_stopped_and_deleted(
 
 
 async def test_a_delete_overtakes_a_standby_that_waits_for_the_guest(appliance: Appliance) -> None:
-    """The guest halts, and before anybody knows it is put in standby, and deleted."""
+    """The guest halts, and before that is noticed it is put in standby, and deleted."""
     await appliance.create("one")
     assert (await appliance.exec("one", "sh", "-c", STOP_THE_KERNEL))[0] == 0
     await trio.sleep(2)

@@ -1,5 +1,5 @@
 """The world beyond the appliance's uplink: another network namespace, joined by a veth pair, with
-servers in it that guests can reach. 192.0.2.0/30 is for documentation, so it is nobody's."""
+servers in it that guests can reach. 192.0.2.0/30 is for documentation, so it is unused."""
 
 from __future__ import annotations
 

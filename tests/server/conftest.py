@@ -42,7 +42,7 @@ def app(world: FakeWorld) -> ApiApp:
 
 @pytest.fixture
 def headers() -> dict[str, str]:
-    """Of somebody who may do everything."""
+    """Of a caller with all scopes."""
     return {"Authorization": f"Bearer {mint(SECRET, subject='tester')}"}
 
 

@@ -94,7 +94,7 @@ def test_a_whole_answer_is_in_data() -> None:
 
 
 async def test_a_worker_ends_by_its_terminated_event() -> None:
-    """serve.py: Server._finish tells idle connections to end."""
+    """serve.py: Server._finish ends idle connections."""
     context = WorkerContext(None)
     with trio.fail_after(5):
         await context.terminated.set()
@@ -102,7 +102,7 @@ async def test_a_worker_ends_by_its_terminated_event() -> None:
 
 
 def test_a_connection_reads_and_times_through_what_is_replaced() -> None:
-    """plain.py: PlainConnection has its own ``run``, ``_read_data`` and ``idle_task``; nobody else reads or times."""
+    """plain.py: PlainConnection has its own ``run``, ``_read_data`` and ``idle_task``; nothing else reads or times."""
     source = inspect.getsource(TCPServer)
     assert source.count("self.stream.receive_some(") == 1
     assert "self.stream.receive_some(" in inspect.getsource(TCPServer._read_data)

@@ -70,7 +70,7 @@ def sessions(store: Store, clock: Clock) -> Sessions:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A UI as the build leaves it, and next to it a file that is nobody's business."""
+    """A UI as the build leaves it, and next to it a file that must not be served."""
     folder = tmp_path / "ui"
     (folder / "assets").mkdir(parents=True)
     (folder / "index.html").write_text("<!doctype html><title>the page</title>")
@@ -395,7 +395,7 @@ async def test_the_registry_takes_no_cookie(ask: Ask) -> None:
 async def test_the_trusted_socket_admits_no_other_site(
     app: ApiApp, tmp_path: Path, nursery: trio.Nursery, world: FakeWorld, headers: dict[str, str], status: int
 ) -> None:
-    """A browser gets there through ``ssh -L``, where the socket itself admits everybody."""
+    """A browser gets there through ``ssh -L``, where the socket itself admits every client."""
     world.instances.add("web")
     path = str(tmp_path / "s")
     await nursery.start(lambda task_status: Server(app, plain=app.plain).run(

@@ -85,7 +85,7 @@ def pipe() -> Iterator[tuple[int, TextIO]]:
 
 
 def test_a_log_without_a_reader_blocks_nothing(pipe: tuple[int, TextIO]) -> None:
-    """Sixteen times more than pipe and queue hold. What is dropped is counted, and logged once somebody reads."""
+    """Sixteen times more than pipe and queue hold. What is dropped is counted, and logged once there is a reader."""
     reading, stream = pipe
     setup_logs(stream=stream)
     [handler] = logging.getLogger().handlers

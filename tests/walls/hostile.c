@@ -9,7 +9,7 @@
  * The thread goes round and round. In each round it tries everything once: on each path that it sees, on each
  * descriptor, on each socket. When a round is over its number is the access time of the VM's disks, FAR + number, so a
  * test can wait for one. It spares only what its own guest needs to go on, unless the guest has two MiB of memory more
- * than a multiple of four: then it also answers for QEMU with nonsense, and floods.
+ * than a multiple of four: then it also answers for QEMU with malformed data, and floods.
  */
 
 #define _GNU_SOURCE

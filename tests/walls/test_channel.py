@@ -23,7 +23,7 @@ def kept(session: Session) -> int:
 async def test_a_window_of_tiny_frames_is_kept_in_little_memory(
     streams: tuple[bool, ...], sizes: tuple[int, ...]
 ) -> None:
-    """As many frames as a window allows, of an agent of whichever version, while nobody reads."""
+    """As many frames as a window allows, of an agent of any version, while nothing is read."""
     client = GuestClient(trio.testing.memory_stream_pair()[0], nonce=bytes(16))
     session = Session(client, 1)
     sent = {False: bytearray(), True: bytearray()}

@@ -39,7 +39,7 @@ def plan(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def victims(folder: Path) -> Iterator[list[Path]]:
-    """A file of root's, one that everybody may read, and a directory."""
+    """A file of root's, one that all may read, and a directory."""
     place = folder / "secrets"
     place.mkdir(mode=0o755)
     found = []

@@ -1,4 +1,4 @@
-"""A VMM that was taken over, at every moment of every operation: it harms nobody but itself.
+"""A VMM that was taken over, at every moment of every operation: it harms only itself.
 
 The server takes ``hostile.c`` for QEMU: the real one under emulation, with a guest that works, and with a thread inside
 that attacks everything it can reach. ``harried.py`` lets each moment of each operation meet a whole round of attacks.
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 SPARED = ("store", "tmp", "blobs")
 """Not looked at: what the server itself writes all the time."""
 SPOILED = {**SIZES, "size": "130MB"}
-"""A VMM with so much memory also answers for QEMU with nonsense, and floods."""
+"""A VMM with so much memory also answers for QEMU with malformed data, and floods."""
 NONSENSE_FROM = 400
 """The round of attacks in which that begins, so that it has a guest by then."""
 

@@ -1,4 +1,4 @@
-"""Rule 1: root follows no path that somebody else can change: each name and each kind of thing planted there."""
+"""Rule 1: root follows no path that another user can change: each name and each kind of thing planted there."""
 
 from __future__ import annotations
 

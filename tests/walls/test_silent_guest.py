@@ -170,7 +170,7 @@ async def test_a_silent_guest_is_refused_immediately_until_it_answers_again(
     async with channel(Op.STAT) as (client, agent):
         client.silence_changed = lambda: changes.append(is_silent(client))
         await trio.sleep(limits.HEARTBEAT + limits.ANSWER + 1)
-        assert is_silent(client) and changes == [True], "nobody asked, and it is known"
+        assert is_silent(client) and changes == [True], "it is known without a request"
         before = trio.current_time()
         with pytest.raises(GuestTimeout, match="has not responded since"):
             await client.stat("/")
