@@ -11,6 +11,7 @@ or processes.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -289,6 +290,20 @@ def test_every_module_can_be_imported() -> None:
     program = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)"
     done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_private_name_is_imported() -> None:
+    """A name with a leading underscore belongs to its module; what others use, tests included, is public."""
+    wrong = [
+        f"{path.relative_to(PACKAGE.parent)}:{node.lineno}: {alias.name}"
+        for folder in (PACKAGE, PACKAGE.parent / "tests")
+        for path in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("hypeman", "tests"))
+        for alias in node.names
+        if re.match(r"_(?!_|native$)", alias.name)
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize(

@@ -89,14 +89,14 @@ class Parsed(msgspec.Struct, frozen=True):
     """Ids of secrets that the server must have itself."""
 
 
-class _Secret(msgspec.Struct, frozen=True):
+class BuildSecret(msgspec.Struct, frozen=True):
     id: str
     env_var: str = ""
     value: str | None = None
     value_base64: str | None = None
 
     def __repr__(self) -> str:
-        return f"_Secret({self.id})"
+        return f"BuildSecret({self.id})"
 
 
 def parse_fields(fields: Mapping[str, bytes]) -> Parsed:
@@ -106,8 +106,8 @@ def parse_fields(fields: Mapping[str, bytes]) -> Parsed:
     names += _json("image_names", text, list[str], [])
     if len(names) > _MAX_NAMES:
         raise InvalidRequest(f"image_names: at most {_MAX_NAMES} names")
-    secrets = _json("secrets", text, list[_Secret], [])
-    ssh = _json("ssh", text, list[_Secret], [])
+    secrets = _json("secrets", text, list[BuildSecret], [])
+    ssh = _json("ssh", text, list[BuildSecret], [])
     _check_secrets("secrets", secrets)
     _check_secrets("ssh", ssh)
     if text.get("cache_scope", "").split("/")[0] == "global":
@@ -184,7 +184,7 @@ def _image(name: str) -> str:
     return str(found)
 
 
-def _check_secrets(field: str, secrets: list[_Secret]) -> None:
+def _check_secrets(field: str, secrets: list[BuildSecret]) -> None:
     for secret in secrets:
         if not _ID.fullmatch(secret.id):
             raise InvalidRequest(f"{field}: id {secret.id[:80]!r} must be letters, digits, '_', '.' and '-'")
@@ -194,7 +194,7 @@ def _check_secrets(field: str, secrets: list[_Secret]) -> None:
         raise InvalidRequest(f"{field} contains an id twice")
 
 
-def _value(field: str, secret: _Secret) -> bytes | None:
+def _value(field: str, secret: BuildSecret) -> bytes | None:
     if secret.value_base64 is not None:
         try:
             return base64.b64decode(secret.value_base64, validate=True)

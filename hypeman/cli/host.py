@@ -49,7 +49,7 @@ def resources(context: click.Context) -> None:
 @reports
 def _show_resources(session: Session) -> None:
     found = session.client.get("/resources")
-    session.show(found, lambda: _resources_text(found))
+    session.show(found, lambda: render_resources(found))
 
 
 @resources.command("reclaim-memory")
@@ -88,7 +88,7 @@ def _reclaim_text(found: dict[str, Any]) -> str:
     return f"{text}\n\n{table}".rstrip()
 
 
-def _resources_text(found: dict[str, Any]) -> str:
+def render_resources(found: dict[str, Any]) -> str:
     kinds = [  # a rate that is not known limits nothing
         name for name in ("cpu", "memory", "disk", "network", "disk_io") if found.get(name) and found[name]["capacity"]
     ]

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from hypeman.builds.layouts import Layout
-from hypeman.builds.request import _Secret
+from hypeman.builds.request import BuildSecret
 from hypeman.builds.vm import Redactor, repository_of
 from hypeman.builds.work import BuildFailed
 from hypeman.errors import NotFound
@@ -259,7 +259,7 @@ async def test_a_hostile_guest_gets_no_image(guest: FakeGuest, registry: FakeReg
 
 def test_secrets_are_hidden() -> None:
     redactor = Redactor([b"s3cret-value\n", b"-----BEGIN\nline of a key\n", b"abc"])
-    assert "s3cret" not in repr(_Secret("npm", value="s3cret", value_base64="s3cret"))
+    assert "s3cret" not in repr(BuildSecret("npm", value="s3cret", value_base64="s3cret"))
     assert redactor.text("a s3cret-value, and line of a key: abc") == "a ***, and ***: abc", "short ones are everywhere"
 
 

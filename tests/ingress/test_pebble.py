@@ -15,7 +15,7 @@ import trio
 
 from hypeman.errors import InvalidRequest
 from hypeman.ingress.certificates.acme import Pace
-from hypeman.ingress.certificates.acme_client import CA, _Session
+from hypeman.ingress.certificates.acme_client import CA, BoundedSession
 from hypeman.ingress.certificates.names import DomainList
 from hypeman.ingress.certificates.rows import ACCOUNTS, CERTIFICATES, AccountRow, CertificateRow
 from hypeman.ingress.certificates.service import Certificates, Settings
@@ -155,9 +155,9 @@ def revoke(settings: Settings, account: AccountRow, chain: str) -> None:
 def obtain(folder: Path, ca: Pebble, kill_at: int, *, after: bool) -> None:
     """In a process of its own: a server's part that requires a certificate, killed at its n-th request to the CA."""
     count = 0
-    send = _Session.send
+    send = BoundedSession.send
 
-    def counted(self: _Session, *arguments: object, **more: object) -> object:
+    def counted(self: BoundedSession, *arguments: object, **more: object) -> object:
         nonlocal count
         count += 1
         if count == kill_at and not after:
@@ -167,7 +167,7 @@ def obtain(folder: Path, ca: Pebble, kill_at: int, *, after: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return response
 
-    _Session.send = counted  # type: ignore[assignment,method-assign]
+    BoundedSession.send = counted  # type: ignore[assignment,method-assign]
 
     async def run() -> None:
         store = Store.open(folder / "store")

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from msgspec import UNSET
 
-from hypeman.cli.host import _resources_text
+from hypeman.cli.host import render_resources
 from hypeman.config import CapacityConfig, OversubscriptionConfig
 from hypeman.errors import InsufficientResources
 from hypeman.resources.accounting import Holding, hold
@@ -69,5 +69,5 @@ async def test_rates_that_are_not_known_are_absent(store: Store) -> None:
     found = await service(store).get()
     assert found.disk_io is UNSET
     assert found.allocations[0].disk_io_bps is UNSET and found.allocations[0].network_upload_bps is UNSET
-    shown = _resources_text(msgspec.json.decode(msgspec.json.encode(found)))
+    shown = render_resources(msgspec.json.decode(msgspec.json.encode(found)))
     assert "0B/s" not in shown and "network" not in shown

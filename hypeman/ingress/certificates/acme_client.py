@@ -44,7 +44,7 @@ for _name in ("acme", "urllib3", "josepy"):
     logging.getLogger(_name).setLevel(logging.INFO)  # what they log below that has whole requests in it
 
 
-class _Session(requests.Session):
+class BoundedSession(requests.Session):
     """Bounds what an answer may take: bytes and time. Follows no redirects."""
 
     def request(self, method: Any, url: Any, *args: Any, **kwargs: Any) -> requests.Response:
@@ -96,7 +96,7 @@ class CA:
             self._key, alg=jwa.ES256, verify_ssl=verify, user_agent=f"hypeman/{__version__}", timeout=_EACH_WAIT
         )
         self._net.session.close()
-        self._net.session = _Session()
+        self._net.session = BoundedSession()
         if account_url:
             self._net.account = messages.RegistrationResource(uri=account_url, body=messages.Registration())
         self._client: ClientV2 | None = None
