@@ -61,7 +61,7 @@ async def test_a_server_without_qemu_names_what_to_install(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("kvm_works")
-@pytest.mark.parametrize(("abi", "words"), [(3, ", behind landlock"), (2, "not behind landlock")])
+@pytest.mark.parametrize(("abi", "words"), [(3, ", behind landlock"), (2, "; without landlock")])
 async def test_missing_kernel_features_for_isolation_are_reported(
     abi: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,7 +242,7 @@ async def test_a_deleted_tap_is_mended_under_its_guest(directory: Path) -> None:
                 await trio.sleep(0.1)
         assert queues(appliance).keys() == before.keys()
         text = appliance.log.read_text()
-        assert "was deleted by somebody" in text and "put on its TAP again" in text
+        assert "was deleted by others" in text and "attached to its TAP again" in text
         await appliance.post("/instances/one/standby")
         await appliance.post("/instances/one/restore")
         assert (await appliance.exec("one", *ping))[0] == 0
