@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ from hypeman.store import Store
 
 STORE = Path("/var/lib/hypeman-devices")
 DEADLINE = 60.0
+SETTLING = {"list": (True, DEADLINE), "unbind-held": (True, 10.0)}
+"""Commands that want a service that gives back what nobody owns, and its deadline for a change of the kernel's."""
 
 Job = Callable[[Devices, Store], Awaitable[object]]
 
@@ -99,6 +102,8 @@ def command(words: list[str]) -> Job:
             case ["delete", name]:
                 await devices.delete(name)
                 return None
+            case ["unbind-held", instance]:
+                return await unbind_held(devices, store, instance)
             case ["gpu"]:
                 return await devices.gpu_status()
             case ["bindings"]:
@@ -107,6 +112,44 @@ def command(words: list[str]) -> Job:
                 raise SystemExit(f"unknown command {words}")
 
     return job
+
+
+HOLD = """
+import fcntl, os, struct, sys
+container, group = (os.open(f"/dev/vfio/{name}", os.O_RDWR) for name in ("vfio", sys.argv[1]))
+fcntl.ioctl(group, 0x3B68, struct.pack("i", container))  # VFIO_GROUP_SET_CONTAINER
+fcntl.ioctl(container, 0x3B66, 3)  # VFIO_SET_IOMMU, VFIO_TYPE1v2_IOMMU
+fcntl.ioctl(group, 0x3B6A, sys.argv[2].encode() + bytes(1))  # VFIO_GROUP_GET_DEVICE_FD
+print("held", flush=True)
+sys.stdin.read()
+"""
+"""Opens a device as a VMM does, and keeps it."""
+
+
+async def unbind_held(devices: Devices, store: Store, instance: str) -> dict[str, object]:
+    """Bind, and give back while another process has the device open, and then not any more; what was said at first,
+    and which bindings there were meanwhile."""
+    await devices.bind(instance)
+    (path,) = map(Path, devices.sysfs_paths(instance))
+    group = (path / "iommu_group").resolve().name
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, group, path.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdin is not None and holder.stdout is not None
+    said = ""
+    try:
+        assert await trio.to_thread.run_sync(holder.stdout.readline) == b"held\n"
+        try:
+            await devices.unbind(instance)
+        except HypemanError as error:
+            said = error.message
+        kept = store.read(lambda txn: list(txn.keys(BINDINGS)))
+    finally:
+        holder.kill()
+        await trio.to_thread.run_sync(holder.wait)
+    while store.read(lambda txn: list(txn.keys(BINDINGS))):
+        await trio.sleep(0.1)
+    return {"said": said, "kept": kept}
 
 
 def in_child(words: list[str], *, before: int = -1, after: int = -1, settle: bool = False) -> bool:
@@ -163,10 +206,11 @@ def main(words: list[str]) -> None:
     if words[0] == "kills":
         print(json.dumps(kills(words[1], words[2:])))
         return
-    sysfs = Sysfs(Path("/sys"), deadline=DEADLINE)
+    settle, deadline = SETTLING.get(words[0], (False, DEADLINE))
+    sysfs = Sysfs(Path("/sys"), deadline=deadline)
     result: object = None
     try:
-        result = trio.run(lambda: serve(commands(words), sysfs, settle=words[0] == "list"))
+        result = trio.run(lambda: serve(commands(words), sysfs, settle=settle))
     except* HypemanError as group:
         error = group.exceptions[0]
         assert isinstance(error, HypemanError)

@@ -138,6 +138,19 @@ def test_without_the_kernels_module_nothing_is_touched(
     assert call("bindings") == []
 
 
+def test_a_device_that_another_process_has_open_comes_back_when_it_lets_go(
+    metal: MetalHost, call: Call, found: dict[str, list[dict[str, Any]]]
+) -> None:
+    """The kernel's unbind waits for it. The service does not, says what it waits for, and ends the work later."""
+    address = found[NIC][0]["pci_address"]
+    call(f"register {address} nic + claim one - nic")
+    answer = call("unbind-held", "one")
+    assert address in answer["said"] and "has not returned" in answer["said"], answer
+    assert answer["kept"] == [address]
+    assert driver(metal, address) == "e1000e"
+    assert call("release one + delete nic + bindings") == []
+
+
 def test_vgpus_of_a_real_mdev_parent(metal: MetalHost, call: Call) -> None:
     """The kernel's mdpy: slots counted, a vGPU made, shown to a KVM guest, removed."""
     metal.check("modprobe -a vfio mdev; insmod /opt/mdev/mdpy.ko")
