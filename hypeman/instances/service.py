@@ -290,7 +290,7 @@ class Instances:
             raise InvalidRequest("timeout must be above 0", code="invalid_timeout")
         record = self.board.find(ref)
         with trio.move_on_after(min(timeout, MOST_WAIT)) as scope:
-            while record.state is not state and not _is_final(record.state, state):
+            while record.state is not state and not _is_final(record):
                 changed = await self.board.wait_change(record)
                 if changed is None:
                     raise NotFound(f"instance {ref!r} was deleted")
@@ -744,6 +744,8 @@ async def _stay_stopped(owned: Owned) -> InstanceRecord:
     return owned.record
 
 
-def _is_final(state: InstanceState, wanted: InstanceState) -> bool:
-    """Whether ``wanted`` can no longer be reached from ``state`` without a command."""
-    return state in SETTLED and state is not wanted
+def _is_final(record: InstanceRecord) -> bool:
+    """Whether no other state can be reached without a command. What ran when the host rebooted, or is to be restarted
+    as unhealthy, is about to be started by its policy."""
+    is_restarted = _awaits_restart(record) and record.stop_cause in (StopCause.HOST, StopCause.POLICY)
+    return record.state in SETTLED and not is_restarted

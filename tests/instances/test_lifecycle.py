@@ -57,6 +57,8 @@ from hypeman.instances.model.types import (
     InstanceState,
     NetworkRequest,
     NetworkUpdate,
+    RestartMode,
+    RestartPolicy,
     StandbyInstanceRequest,
     StartInstanceRequest,
     StopInstanceRequest,
@@ -721,6 +723,24 @@ async def test_how_a_vm_ended_while_the_server_was_away(lab: Lab, boot_id: str, 
     async with lab.running() as instances:
         ended = await instances.get("one")
         assert (ended.state, ended.exit_message) == (InstanceState.STOPPED, message)
+
+
+async def test_a_wait_outlasts_the_stop_by_a_reboot_that_a_policy_undoes(lab: Lab) -> None:
+    """Right after a reboot of the host the instance is Stopped, and its policy about to start it."""
+    async with lab.running() as instances:
+        await instances.create(request("one", restart_policy=RestartPolicy(policy=RestartMode.ALWAYS)))
+        assert await settled(instances, "one") == "Running"
+    for process in lab.machine.alive():
+        process.end(ExitReason.KILLED)
+    lab.boot_id = "another"
+    async with lab.running() as instances:
+        record = instances.board.find("one")
+        assert record.state is InstanceState.STOPPED
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(instances.start_again, record.id, record.boots)
+            assert (await instances.wait_state("one", RUNNING, 60)).state is RUNNING
+        await instances.stop("one")
+        assert (await instances.wait_state("one", RUNNING, 60)).state is InstanceState.STOPPED
 
 
 async def test_tags_are_replaced_and_a_fork_has_its_own(lab: Lab) -> None:
