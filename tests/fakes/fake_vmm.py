@@ -165,7 +165,8 @@ class FakeVmm:
 
     @property
     def handle(self) -> VmmHandle:
-        return VmmHandle(self._driver.kind, self.process.pid, 1, "boot", self.config.run_dir, self.config)
+        pid, boot_id = self.process.pid, self._driver.boot_id
+        return VmmHandle(self._driver.kind, pid, 1, boot_id, self.config.run_dir, self.config)
 
     async def state(self) -> VmmState:
         async with self._visit("state"):
@@ -321,6 +322,7 @@ class FakeDriver:
         self.machine = machine or FakeMachine()
         self.capabilities = capabilities
         self.faults = _Faults()
+        self.boot_id = "boot"
         self.guest: GuestScript | None = None
 
     def fail(self, operation: str, error: BaseException | None = None, *, call: int = 1, after: bool = False) -> None:

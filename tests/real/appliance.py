@@ -93,6 +93,9 @@ def _sha256(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
 class Namespace:
     """A network namespace, removed with everything in it."""
 
@@ -145,6 +148,8 @@ class Appliance:
         self.log = directory / "server.log"
         self.module: tuple[str, ...] = ()
         """The server with something in it, in the place of the server."""
+        self.boot_id: Path | None = None
+        """A file with what servers shall take for the host's boot id."""
         self._environ = environ
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -167,7 +172,9 @@ class Appliance:
         }
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
-                self.namespace.command(sys.executable, "-W", "error::ResourceWarning:hypeman", *module),
+                self.namespace.command(
+                    *self._rebooted(), sys.executable, "-W", "error::ResourceWarning:hypeman", *module
+                ),
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
@@ -177,6 +184,13 @@ class Appliance:
             while not await self._answers():
                 assert self._process.poll() is None, f"the server did not start:\n{self.log_tail()}"
                 await trio.sleep(0.05)
+
+    def _rebooted(self) -> tuple[str, ...]:
+        """`ip netns exec` has made a mount namespace of its own for the server."""
+        if self.boot_id is None:
+            return ()
+        script = f'mount --bind "$0" {BOOT_ID} && exec "$@"'
+        return ("sh", "-c", script, str(self.boot_id))
 
     async def start_with_image(self, *, killable: str = "") -> None:
         """The first start, until IMAGE is ready."""

@@ -24,6 +24,7 @@ from hypeman.host.processes import MARK_VARIABLE
 from hypeman.hypervisor.interface import ExitReason, LaunchFailed, VmConfig, VmmGone, VmmHandle, VmmState
 from tests.bench.fake_vmm_server import serve
 from tests.fakes.fake_vmm import FakeDriver, FakeMachine, FakeProcess, FakeVmm, Memory
+from tests.real.appliance import BOOT_ID
 
 CABLE = "HYPEMAN_TEST_CABLE"
 """The program."""
@@ -96,6 +97,10 @@ class CabledMachine(FakeMachine):
 
 
 class CabledDriver(FakeDriver):
+    def __init__(self, machine: CabledMachine) -> None:
+        super().__init__(machine)
+        self.boot_id = BOOT_ID.read_text().strip()
+
     async def launch(self, config: VmConfig) -> FakeVmm:
         vmm = await super().launch(config)
         namespace = os.environ[GUESTS] + namespace_of(config.nics[0].mac)
