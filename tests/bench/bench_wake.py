@@ -9,7 +9,7 @@ again.
 The guests here are network namespaces instead of VMs, so that restoring takes no time; packets, rules, TAPs, hm-wake
 and engine are real. HYPEMAN_BENCH_WAKES sets the number of requests, HYPEMAN_BENCH_KILLS after how many the server and
 a VMM are killed in turn; no more are begun after HYPEMAN_BENCH_SECONDS. ``wake_many`` does the same with 100
-instances, ``wake_guests`` with real guests and without kills.
+instances for ten minutes, ``wake_guests`` with real guests and without kills.
 
 ``scan``: what the server spends while a peer that the policy ignores floods an instance in standby.
 """
@@ -50,10 +50,10 @@ SCAN_SECONDS = 10.0
 Make = Callable[[Path, int], AbstractAsyncContextManager[tuple[Appliance, list[Target], Path]]]
 
 
-async def wake_all(make: Make, guests: int, wanted: int, kills_every: int) -> Tally:
+async def wake_all(make: Make, guests: int, wanted: int, kills_every: int, seconds: float = SECONDS) -> Tally:
     for directory in short_directory("bench"):
         async with make(directory, guests) as (appliance, targets, key):
-            tally = await Wakes(appliance, targets, key, wanted=wanted, kills_every=kills_every).run(SECONDS)
+            tally = await Wakes(appliance, targets, key, wanted=wanted, kills_every=kills_every).run(seconds)
             print("in the end:", await check_agreement(appliance), flush=True)
             return tally
     raise AssertionError("there is a directory")

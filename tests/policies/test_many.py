@@ -31,39 +31,47 @@ from tests.policies.keeping import ClockedLab, Kept, keeping
 from tests.policies.test_waker import packet
 
 Deed = Callable[[Kept, str], Awaitable[None]]
-COUNT, ROUNDS = 10, 3
 RUNNING, STANDBY = InstanceState.RUNNING, InstanceState.STANDBY
 POLICY = AutoStandbyPolicy(enabled=True, idle_timeout="20s", wake=WakeOn.ALL)
 AGAIN = RestartPolicy(policy=RestartMode.ALWAYS, backoff="1s")
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-async def test_all_agrees_in_the_end(lab: ClockedLab, clock: Clock, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "servers", "seed"),
+    [
+        (10, 3, 1),
+        (10, 3, 2),
+        pytest.param(100, 2, 3, marks=pytest.mark.slow),
+    ],  # the last one: over ten minutes of theirs
+)
+async def test_all_agrees_in_the_end(
+    lab: ClockedLab, clock: Clock, monkeypatch: pytest.MonkeyPatch, count: int, servers: int, seed: int
+) -> None:
     monkeypatch.setattr(FakeNetwork, "subnet", Subnet.parse("10.0.0.0/24"))
     chance = random.Random(seed)
     async with keeping(lab) as kept:
-        for number in range(COUNT):
+        for number in range(count):
             await kept.instances.create(request(f"vm{number}", auto_standby=POLICY, restart_policy=AGAIN))
-        for number in range(COUNT):
+        for number in range(count):
             await kept.until_state(RUNNING, f"vm{number}")
     woken = 0
-    for _ in range(ROUNDS):
+    for _ in range(servers):
         async with keeping(lab) as kept, trio.open_nursery() as nursery:
-            for _ in range(3 * COUNT):
-                nursery.start_soon(do, kept, f"vm{chance.randrange(COUNT)}", chance.choice(DEEDS))
+            for _ in range(3 * count):
+                nursery.start_soon(do, kept, f"vm{chance.randrange(count)}", chance.choice(DEEDS))
                 await kept.sleep(chance.choice((0, 0, 0.5, 6)))
             woken = len(kept.events("woken"))
             nursery.cancel_scope.cancel()  # the server ends in the middle of it
     lab.driver.faults._planned.clear()
     async with keeping(lab) as kept:
         await kept.sleep(400)
-        check_agreement(kept)
-        assert woken > COUNT and {each.state for each in kept.instances.board.records()} == {STANDBY}
-        for number in range(0, COUNT, 2):
+        check_agreement(kept, count)
+        assert woken > count and {each.state for each in kept.instances.board.records()} == {STANDBY}
+        for number in range(0, count, 2):
             arrive(kept, f"vm{number}")
         await kept.quiet()
-        check_agreement(kept)
-        assert sum(each.state is RUNNING for each in kept.instances.board.records()) == COUNT // 2
+        check_agreement(kept, count)
+        assert sum(each.state is RUNNING for each in kept.instances.board.records()) == count // 2
 
 
 def arrive(kept: Kept, name: str) -> None:
@@ -119,17 +127,17 @@ DEEDS: list[Deed] = [
 ]
 
 
-def check_agreement(kept: Kept) -> None:
+def check_agreement(kept: Kept, count: int) -> None:
     lab, records = kept.lab, list(kept.instances.board.records())
     running = {each.id for each in records if each.state is RUNNING}
     asleep = {each.id for each in records if each.state is STANDBY}
-    assert running | asleep == {each.id for each in records} and len(records) == COUNT
+    assert running | asleep == {each.id for each in records} and len(records) == count
     assert sorted(each.config.instance_id for each in lab.machine.alive()) == sorted(running)
     assert set(lab.network.taps.there) == running and set(lab.network.held.there) == asleep
     captures = {path.name for path in (lab.paths.data_dir / "captures").iterdir()}
     assert captures == {each.capture for each in records if each.capture is not None} and len(captures) == len(asleep)
     leases = lab.store.read(all_leases)
-    assert len({each.ipv4 for each in leases}) == len({each.cid for each in leases}) == len(leases) == COUNT
+    assert len({each.ipv4 for each in leases}) == len({each.cid for each in leases}) == len(leases) == count
     holdings = dict(lab.store.read(lambda txn: list(txn.scan(HOLDINGS))))
     for record in records:
         assert holdings[record.id] == holding_of(record, running=record.id in running), record.name
