@@ -21,15 +21,16 @@ _WHOLE = """
     builds/test_crash.py
     bundle/test_format.py bundle/test_install.py
     conformance/test_python_sdk.py
-    egress/test_bounds.py egress/test_confinement.py egress/test_connect.py egress/test_engine.py
+    egress/test_bounds.py egress/test_confinement.py egress/test_connect.py egress/test_crash.py egress/test_engine.py
     egress/test_engine_kill.py egress/test_hostile.py egress/test_http1.py egress/test_http2.py
     egress/test_intermediary.py egress/test_restart.py
-    egress/test_rotation.py egress/test_structure.py egress/test_tls.py
+    egress/test_rotation.py egress/test_stack.py egress/test_structure.py egress/test_tls.py
     guest/test_agent_copy.py guest/test_agent_exec.py guest/test_agent_protocol.py
     host/test_cgroups.py host/test_processes.py
     hypervisor/test_conformance.py hypervisor/test_qemu_probe.py hypervisor/test_remote_drivers.py
     images/test_conformance.py images/test_crash.py images/test_created_from.py images/test_hostile.py
     images/test_import.py images/test_registry.py images/test_service.py images/test_worker.py
+    ingress/test_crash.py
     instances/test_lifecycle.py instances/test_trouble.py instances/test_unknown.py
     kube/test_crash.py
     server/test_serve.py test_backup.py
