@@ -1,6 +1,6 @@
 """The host's certificate authorities: created once; the keys never leave their directories.
 
-Guests trust that of mediated egress, and nobody else does; for that of ingresses see `hypeman/ingress/certificates`.
+Only guests trust the CA of mediated egress; for that of ingresses see `hypeman/ingress/certificates`.
 
     egress/ca.pem       the certificate, given to guests             0644
     egress/ca.key       its private key                              0600

@@ -5,9 +5,9 @@ the native loops carry the traffic in threads of their own, and this thread only
 ``Start`` brings, it confines itself permanently (``ext/egress/confine.c``): it opens no files, runs no programs, and
 cannot be dumped.
 
-- It ends when told to drain and the last connection has ended, or, unless it is ``adoptable``, with its server.
-- An adoptable one that has policies goes on without a server and waits for the next one to connect. Questions are kept
-  and asked again, audit records stay in their ring until it is full. The newest connection counts.
+- It ends when it was asked to drain and the last connection has ended, or, unless it is ``adoptable``, with its server.
+- An adoptable one that has policies keeps running without a server and waits for the next one to connect. Questions are
+  kept and asked again, audit records stay in their ring until it is full. The newest connection counts.
 - A message that does not follow the protocol ends the connection, not the traffic.
 """
 
@@ -202,7 +202,7 @@ class Worker:
         self._set_sites.clear()
         self._set_names.clear()
         self._set_ports.clear()
-        self._engine.forget(None)  # nobody said what changed meanwhile
+        self._engine.forget(None)  # changes in between are unknown
         poller.register(link.sock, select.POLLIN)
         hello = protocol.Hello(
             version=protocol.VERSION,

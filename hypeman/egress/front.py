@@ -1,4 +1,4 @@
-"""What ingresses want of the engines: routes, listening sockets, and where instances are.
+"""What ingresses need from the engines: routes, listening sockets, and where instances are.
 
 It is kept here, so that a new engine gets all of it. Changes go to all engines that run; if one is lost meanwhile, the
 next one has them from here, and connections wait in the sockets.
@@ -50,7 +50,7 @@ class Front:
         self.on_served: Callable[[Served], None] | None = None
         """Gets each request that is done."""
         self._changed: dict[str, bool] = {}
-        """Instances, and whether they have ended, that engines are still to be told of."""
+        """Instances that engines do not know yet, and whether they have ended."""
         self._wake = trio.Event()
 
     def use(self, place_of: Callable[[str], Place], on_served: Callable[[Served], None]) -> None:
@@ -77,7 +77,7 @@ class Front:
 
     async def certify(self, name: str, chain: str, key: str) -> None:
         """The certificate of a host name (``*.example.com``: of every name with one more label that has none of its
-        own) and its key, PEM. Connections that are open go on with the one before."""
+        own) and its key, PEM. Open connections keep the previous one."""
         self._pairs[name] = (chain, key)
         await self._everywhere(partial(_certify, name, chain, key))
 

@@ -149,7 +149,7 @@ class EngineLink:
             pass
         except (ProtocolError, ValueError) as error:
             wrong = f"it does not follow the protocol ({error})"
-        await self.kill()  # what is not connected is not to go on
+        await self.kill()  # an engine without a connection must not keep running
         return wrong
 
     async def kill(self) -> None:
@@ -172,7 +172,7 @@ class EngineLink:
         self.close()
 
     def close(self) -> None:
-        """Let it go on by itself, if it can."""
+        """Leave it running without a server, if it supports that."""
         self._socket.close()
         self._receiver.close()
         for each in (*self.listeners, *(one for held in self._sockets_held.values() for one in held)):
@@ -488,7 +488,7 @@ def open_finder(path: Path) -> socket.socket:
 async def find_engines(directory: Path) -> list[EngineLink]:
     """The engines whose sockets are in ``directory``, greeted; the sockets of those that have ended are removed.
 
-    One that does not answer, or speaks another version of the protocol and so cannot be told about policies, is ended.
+    One that does not answer, or speaks another version of the protocol and so cannot get policies, is ended.
     """
     found = []
     for path in _sockets_in(directory):

@@ -34,7 +34,7 @@ or scrubbing, 4 those with Postgres."""
 SITES = 3
 """The first version that has ingresses."""
 ENDED = 4
-"""The first version that can be told that an instance has ended."""
+"""The first version with a message that an instance has ended."""
 
 MAX_MESSAGE = 64 << 10
 MAX_PAYLOAD = 4 << 20
@@ -187,7 +187,7 @@ class Sockets(_Message, frozen=True, kw_only=True):
 
 
 class Certify(_Message, frozen=True, kw_only=True):
-    """The certificate of a host name, instead of the one before; connections that are open go on. Payload: chain and
+    """The certificate of a host name, instead of the previous one, which open connections keep. Payload: chain and
     key (PEM), each with a zero byte at its end, with these sizes; two zero bytes: it has none."""
 
     id: Count64
@@ -298,7 +298,7 @@ class Audit(_Message, frozen=True, kw_only=True):
 
 
 class Counters(_Message, frozen=True, kw_only=True):
-    """``id`` 0: nobody asked, these are the last before the engine ends."""
+    """``id`` 0: not requested; the last ones before the engine ends."""
 
     id: Count64
     counters: dict[Name, Count64]

@@ -93,7 +93,7 @@ class Resolver:
                 del self._shares[instance]
 
     def pin(self, instance: str, name: str, addresses: Sequence[str], seconds: float) -> None:
-        """``instance`` was told these addresses of ``name``, valid for ``seconds``: its connections go there."""
+        """``instance`` received these addresses of ``name``, valid for ``seconds``: its connections go there."""
         self._pinned.pop((instance, name), None)
         if len(self._pinned) >= MAX_PINNED:
             del self._pinned[next(iter(self._pinned))]

@@ -165,7 +165,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     uid: int = 65534
     """User of the engine process, for a server that is root."""
     drain_timeout: float = 4 * 3600
-    """Seconds that an engine may go on with its connections after another one has taken over."""
+    """Seconds that an engine may keep its connections after another one has taken over."""
 
 
 class Statistics(msgspec.Struct, frozen=True):
@@ -355,7 +355,7 @@ class Egress:
         if mine is None:
             mine = await self._start()
         else:
-            log.info("the engine goes on", extra={"pid": mine.pid})
+            log.info("the engine keeps running", extra={"pid": mine.pid})
         self._engine = mine
 
     def _make_listeners(self) -> list[socket.socket]:
@@ -528,7 +528,7 @@ class Egress:
             await replaced.wait()
 
     async def _bring_up_to_date(self, engine: EngineLink, source: str) -> None:
-        """A draining engine that is too old for a policy must not go on with the one before. Raises EngineLost."""
+        """A draining engine that is too old for a policy must not keep the previous one. Raises EngineLost."""
         try:
             await self._set_one(engine, source)
         except InternalError:
@@ -537,7 +537,7 @@ class Egress:
             await engine.remove_policy(source)
 
     async def _leave(self, grace: float) -> None:
-        """End the engines, or let them go on by themselves."""
+        """End the engines, or leave them running without a server."""
         if self._directory is None:
             async with trio.open_nursery() as nursery:
                 for engine in tuple(self._engines):
@@ -665,9 +665,9 @@ class Egress:
             everything.limited,
         )
 
-    def on_audit(self, tell: Callable[[AuditRecord], None]) -> None:
-        """Call ``tell`` with every record, in Trio's thread."""
-        self._on_audit.append(tell)
+    def on_audit(self, report: Callable[[AuditRecord], None]) -> None:
+        """Call ``report`` with every record, in Trio's thread."""
+        self._on_audit.append(report)
 
     @asynccontextmanager
     async def audit(
@@ -692,8 +692,8 @@ class Egress:
                 if self.front.on_served is not None:
                     self.front.on_served(record)
             else:
-                for tell in tuple(self._on_audit):
-                    tell(record)
+                for report in tuple(self._on_audit):
+                    report(record)
 
     def _locate(self, engine: EngineLink, asked: protocol.Locate) -> None:
         if self._nursery is not None:
@@ -712,13 +712,13 @@ class Egress:
 
     def record(self, record: AuditRecord) -> None:
         """Pass on a record of something that was decided here."""
-        for tell in tuple(self._on_audit):
-            tell(record)
+        for report in tuple(self._on_audit):
+            report(record)
 
     # ── Names ────────────────────────────────────────────────────────────────────────────────────
 
     def pin(self, instance_id: str, name: str, addresses: Sequence[str], seconds: float) -> None:
-        """The guest was told these addresses: its connections to ``name`` go there as long as that is valid."""
+        """The guest received these addresses: its connections to ``name`` go there as long as that is valid."""
         self._resolver.pin(instance_id, name, addresses, seconds)
 
     def _question(self, engine: EngineLink, question: protocol.Question) -> None:

@@ -90,7 +90,7 @@ class Source:
         path = self._path
         self._seen = self._identity()
         try:
-            # O_NONBLOCK: a FIFO would hold the thread until somebody writes
+            # O_NONBLOCK: a FIFO would block the thread until it has a writer
             with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise Unavailable(f"source {self.name}: {path} is not a file")

@@ -200,7 +200,7 @@ def watch(session: Session, services: tuple[str, ...], no_up: bool, wait_timeout
     watcher = Watcher(session, stack, services, rebuild)
     if not watcher.rules:
         fail("no service has develop.watch, which says what is watched")
-    with interrupted(f"the stack goes on; hypeman compose -p {stack.name} ps shows it"):
+    with interrupted(f"the stack keeps running; hypeman compose -p {stack.name} ps shows it"):
         if not no_up:
             actions = _plan(stack, find(session.client, stack.name), replace=False, remove_orphans=False)
             _bring_up(session, stack, actions, runner, rebuild=False, wait=True)

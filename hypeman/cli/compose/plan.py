@@ -97,7 +97,7 @@ def _instance(key: str, name: str, wanted: str, row: dict[str, Any] | None, repl
         return Action(Act.CREATE, "instance", name, key)
     if (row.get("tags") or {}).get(HASH_TAG) != wanted:
         if not replace:
-            raise ComposeError(f"services.{key} has changed; --replace deletes {name} and creates it anew")
+            raise ComposeError(f"services.{key} has changed; --replace deletes {name} and creates it again")
         return Action(Act.REPLACE, "instance", name, key, "changed")
     if row["state"] in ("Stopped", "Standby"):
         return Action(Act.START, "instance", name, key, f"is {row['state']}")
