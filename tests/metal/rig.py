@@ -307,8 +307,16 @@ class MetalHost:
         except ConnectionError:
             data = b""
         if not data:
-            raise RigError(f"the host went off: {self._log()}\nconsole:\n{self.console(3000)}")
+            raise RigError(f"the host went off ({self._end()}): {self._log()}\nconsole:\n{self.console(3000)}")
         self._received += data
+
+    def _end(self) -> str:
+        """How QEMU ended: 0 is a shutdown, or a reset, as after a fault that its processor could not handle."""
+        assert self._process is not None
+        try:
+            return f"exit code {self._process.wait(_CONNECT_SECONDS)}"
+        except subprocess.TimeoutExpired:
+            return "QEMU still runs"
 
     def _late(self, what: str) -> RigError:
         return RigError(f"{what} did not come in time; console:\n{self.console(3000)}")

@@ -2,9 +2,9 @@
 
 One sequence on one virtual machine in which KVM, vhost-vsock, cgroup v2 and systemd are real
 (``tests/metal``): install the Debian package, boot guests with KVM, kill, restart and upgrade the server
-while a guest counts and a TCP session stays open, purge; then the same from the tarball, without dpkg. After
-the first test that fails the rest is skipped (``conftest.py``). The file's name keeps it out of `make test`: it wants
-a finished ``dist/`` and takes some minutes.
+while a guest counts and a TCP session stays open, pass a disk through, pull the host's plug, and the disk's, purge;
+then the same from the tarball, without dpkg. After the first test that fails the rest is skipped (``conftest.py``).
+The file's name keeps it out of `make test`: it wants a finished ``dist/`` and takes some minutes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from tests.packaging.on_metal import (
     newer_version,
 )
 
+pytestmark = pytest.mark.metal  # whose time limit is an hour; the tarball takes four minutes, the power cut six
+
 DIST = Path(__file__).parents[2] / "dist"
-NVME = ("1b36", "0010")
 MARK = "only-on-the-disk-4f1c"
 
 
@@ -223,25 +224,13 @@ def test_a_fork_of_the_running_guest_counts_by_itself(appliance: OnMetal) -> Non
     appliance.hypeman("rm", "--force", "twin")
 
 
-def test_deleting_leaves_nothing_of_the_vm(appliance: OnMetal) -> None:
-    appliance.hypeman("rm", "--force", "counter")
-    assert appliance.vmms() == set()
-    groups = appliance.host.check("ls -d /sys/fs/cgroup/hypeman.slice/hypeman-vms.service/*/").split()
-    assert {Path(group).name for group in groups} == {"keeper", "egress-engine"}
-    assert appliance.host.check("ls /var/lib/hypeman/instances") == ""
-    appliance.wait_for("no link is left", "! ip -o link show | grep ' hm'")
-
-
 def test_a_device_goes_to_a_guest_and_comes_back(appliance: OnMetal, nvme_disk: Path) -> None:
     """An NVMe of the host: kept over a restart of the server and over stop and start, refused where it must be."""
-    seen = json.loads(appliance.hypeman("--format", "json", "device", "available"))
-    (address,) = (one["pci_address"] for one in seen if (one["vendor_id"], one["device_id"]) == NVME)
+    address = appliance.register_disk()
     driver = f"basename $(readlink /sys/bus/pci/devices/{address}/driver)"
-    read = "until [ -b /dev/nvme0n1 ]; do sleep 1; done; head -n 1 /dev/nvme0n1"
-    appliance.hypeman("device", "register", address, "--name", "disk")
     appliance.run("owner", "--device", "disk", "--cmd", "sleep", "--cmd", "1000000")
     assert appliance.host.check(driver).strip() == "vfio-pci"
-    assert appliance.hypeman("exec", "owner", "--", "sh", "-c", read).strip() == MARK
+    assert appliance.read_disk("owner") == MARK
     write = "echo written-inside | dd of=/dev/nvme0n1 bs=512 seek=8 conv=sync,fsync"
     appliance.hypeman("exec", "owner", "--", "sh", "-c", write)
     assert nvme_disk.read_bytes()[4096:].startswith(b"written-inside\n")
@@ -255,12 +244,71 @@ def test_a_device_goes_to_a_guest_and_comes_back(appliance: OnMetal, nvme_disk: 
     assert "attached" in appliance.refused("device", "delete", "disk")
     appliance.hypeman("start", "owner")
     appliance.wait_for_state("owner", "Running")
-    assert appliance.hypeman("exec", "owner", "--", "sh", "-c", read).strip() == MARK
+    assert appliance.read_disk("owner") == MARK
 
     appliance.hypeman("rm", "--force", "owner")
     assert appliance.host.check(driver).strip() == "nvme"
     appliance.wait_for("the host has its disk again", f"head -c {len(MARK)} /dev/nvme0n1 | grep -q {MARK}")
     appliance.hypeman("device", "delete", "disk")
+
+
+def test_a_power_cut_ends_vms_and_loses_nothing_else(appliance: OnMetal) -> None:
+    """Instances in each state, one with the host's disk, and what becomes of them when the host has booted again."""
+    for name in ("ended", "stopped", "sleeping"):
+        appliance.hypeman("fork", "--from-running", "counter", name)
+        appliance.wait_for_state(name, "Running")
+    for name, policy in {"counter": "on_failure", "stopped": "always", "sleeping": "always"}.items():
+        appliance.hypeman("update", "restart-policy", name, "--policy", policy)
+    appliance.hypeman("stop", "stopped")
+    mark = appliance.count("sleeping")
+    appliance.hypeman("standby", "sleeping")
+    appliance.register_disk()
+    appliance.run("owner", "--device", "disk", "--restart", "always", "--cmd", "sleep", "--cmd", "1000000")
+    assert appliance.read_disk("owner") == MARK
+    assert len(appliance.vmms()) == 3
+
+    appliance.host.power_cut()
+    appliance.wait_for_server()
+    for name in ("counter", "owner"):
+        appliance.wait_for_state(name, "Running")
+    assert appliance.read_disk("owner") == MARK
+    assert appliance.page() == "published\n"
+    assert len(appliance.vmms()) == 2
+    ended = appliance.instance("ended")
+    assert (ended["state"], ended["exit_message"]) == ("Stopped", "the host rebooted while the VM ran")
+    stopped = appliance.instance("stopped")
+    assert (stopped["state"], stopped["restart_status"]["blocked_reason"]) == ("Stopped", "manual_stop")
+    assert appliance.instance("sleeping")["state"] == "Standby"
+    appliance.hypeman("restore", "sleeping")
+    appliance.wait_for_count_above(mark, "sleeping")
+    appliance.hypeman("start", "ended")
+    appliance.wait_for_state("ended", "Running")
+    for name in ("ended", "stopped", "sleeping"):
+        appliance.hypeman("rm", "--force", name)
+
+
+def test_a_device_that_is_unplugged_is_reported(appliance: OnMetal) -> None:
+    """From a running instance: the guest lets go of it, and goes on. Its next start says what is missing."""
+    vmms = appliance.vmms()
+    appliance.host.qmp("device_del", id="nvme")
+    appliance.wait_for_device("disk", missing=True)
+    told = json.loads(appliance.hypeman("--format", "json", "events", "--no-follow", "--since", "0"))
+    assert [one["object"]["name"] for one in told if one["type"] == "device.vanished"] == ["disk"], told
+    assert appliance.vmms() == vmms
+    assert appliance.hypeman("exec", "owner", "--", "echo", "there").strip() == "there"
+    appliance.hypeman("stop", "owner")
+    assert re.search("disk.* is missing", appliance.refused("start", "owner"))
+    appliance.hypeman("rm", "--force", "owner")
+    appliance.hypeman("device", "delete", "disk")
+
+
+def test_deleting_leaves_nothing_of_the_vm(appliance: OnMetal) -> None:
+    appliance.hypeman("rm", "--force", "counter")
+    assert appliance.vmms() == set()
+    groups = appliance.host.check("ls -d /sys/fs/cgroup/hypeman.slice/hypeman-vms.service/*/").split()
+    assert {Path(group).name for group in groups} == {"keeper", "egress-engine"}
+    assert appliance.host.check("ls /var/lib/hypeman/instances") == ""
+    appliance.wait_for("no link is left", "! ip -o link show | grep ' hm'")
 
 
 def test_the_credential_is_in_the_request_and_not_in_the_guest(appliance: OnMetal) -> None:

@@ -29,6 +29,9 @@ SESSION_PORT = 9000
 
 PUBLISHED_PORT = 8000
 
+NVME = ("1b36", "0010")
+"""Vendor and device of QEMU's."""
+
 COUNTING = (
     f"(until nc {WORLD} {SESSION_PORT} -e cat; do sleep 1; done) & "
     "echo published > /tmp/index.html; httpd -f -p 80 -h /tmp & "
@@ -105,7 +108,8 @@ exit $code
 LEFT = {
     "files": "find /etc /usr /var/lib -xdev -name '*hypeman*' ! -path '/var/lib/dpkg/*'",
     "runtime files": "ls -d /run/hypeman 2>/dev/null || true",
-    "units": "systemctl list-units --all --plain --no-legend 'hypeman*'",
+    # those of the rig name ours in their order, which therefore stays known, as not found
+    "units": "systemctl list-units --all --plain --no-legend 'hypeman*' | grep -v 'not-found *inactive *dead' || true",
     "processes": "pgrep -af '^/usr/lib/hypeman|^/usr/bin/qemu-system' || true",
     "tables": "nft list tables | grep hypeman || true",
     "links": "ip -o link show | grep -E ' hmu?-' || true",
@@ -132,7 +136,7 @@ class OnMetal:
 
     def hypeman(self, *arguments: str, timeout: float = SLOW) -> str:
         quoted = " ".join(f"'{argument}'" for argument in arguments)
-        return self.host.check(f"HYPEMAN_API_KEY={self.token} hypeman {quoted}", timeout=timeout)
+        return self.host.check(f". /root/token; hypeman {quoted}", timeout=timeout)
 
     def instance(self, name: str) -> dict[str, Any]:
         return dict(json.loads(self.hypeman("--format", "json", "inspect", name)))
@@ -185,6 +189,18 @@ class OnMetal:
         ask = f"ip netns exec world curl -sS --max-time {SLOW} http://{UPLINK}:{PUBLISHED_PORT}/"
         return self.host.check(ask, timeout=SLOW + 60)
 
+    def register_disk(self) -> str:
+        """Register the host's NVMe as the device ``disk``; its address."""
+        seen = json.loads(self.hypeman("--format", "json", "device", "available"))
+        (address,) = (one["pci_address"] for one in seen if (one["vendor_id"], one["device_id"]) == NVME)
+        self.hypeman("device", "register", address, "--name", "disk")
+        return str(address)
+
+    def read_disk(self, name: str) -> str:
+        """The first line of the NVMe that an instance has."""
+        read = "until [ -b /dev/nvme0n1 ]; do sleep 1; done; head -n 1 /dev/nvme0n1"
+        return self.hypeman("exec", name, "--", "sh", "-c", read).strip()
+
     def fetch(self) -> str:
         """What the origin saw of an HTTPS request of the guest ``agent``."""
         assert self.host.check(FETCH, timeout=SLOW) == "hello"
@@ -203,6 +219,13 @@ class OnMetal:
             assert time.monotonic() < deadline, f"not within {timeout} s: {what}\n{result.output}"
             time.sleep(0.5)
 
+    def wait_for_device(self, name: str, missing: bool) -> None:
+        """Until a device of the appliance is there, or is ``missing``."""
+        deadline = time.monotonic() + SLOW
+        while json.loads(self.hypeman("--format", "json", "device", "get", name)).get("missing", False) is not missing:
+            assert time.monotonic() < deadline, f"not within {SLOW} s: {name} is missing: {missing}"
+            time.sleep(0.5)
+
     def wait_for_server(self) -> None:
         self.wait_for("the server answers", "curl -sf --unix-socket /run/hypeman/hypeman.sock http://localhost/health")
 
@@ -211,6 +234,7 @@ class OnMetal:
         said = self.host.check(script, timeout=SLOW)
         assert not re.search(r"\bey[\w-]+\.", said), f"a token in the installer's output: {said}"
         self.token = self.host.check("hypeman token --user-id admin").strip()
+        self.host.put({"/root/token": f"export HYPEMAN_API_KEY={self.token}\n".encode()})  # and not in each command
         self.wait_for_server()
 
     def configure(self) -> None:

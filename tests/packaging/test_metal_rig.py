@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,14 @@ def test_a_host_that_stands_still_is_not_waited_for(
         else:
             assert host.run("true", timeout=250) == (0, "yes")
         thread.join()
+
+
+def test_a_host_that_goes_off_says_how(tmp_path: Path) -> None:
+    """Somebody who ends its QEMU, and a host that shut down, are told apart."""
+    (tmp_path / "qemu.log").write_text("")
+    host = MetalHost([], tmp_path)
+    host._agent, agent = socket.socketpair()
+    host._process = subprocess.Popen(["sh", "-c", "kill -9 $$"])
+    agent.close()
+    with host._agent, pytest.raises(RigError, match=r"exit code -9"):
+        host._line(time.monotonic() + 60)
