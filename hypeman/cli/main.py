@@ -178,8 +178,9 @@ def main() -> None:
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal of ISO 8859-1 shows no "→"
     try:
         hypeman.main(prog_name="hypeman", complete_var=COMPLETION_VARIABLE, standalone_mode=False)
-    except click.exceptions.Abort:
-        click.echo("\nAborted: nothing was changed", err=True)
+    except click.exceptions.Abort as aborted:
+        if not isinstance(aborted.__cause__, KeyboardInterrupt):  # but a question that was not answered
+            click.echo("\nAborted: nothing was changed", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()

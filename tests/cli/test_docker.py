@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import pytest
 
 from hypeman.cli import output
 from hypeman.cli.instances import docker_filter
-from hypeman.cli.main import SECTIONS, Commands, hypeman
+from hypeman.cli.main import SECTIONS, Commands, hypeman, main
 from hypeman.cli.policies import docker_restart
 from hypeman.cli.program import RunCommand
 from hypeman.cli.run import create_body, parse_mount, variables_in
-from hypeman.cli.session import GIGABYTES, SIZE, environment
+from hypeman.cli.session import GIGABYTES, SIZE, Session, environment
 
 
 def body_of(*arguments: str) -> dict[str, Any]:
@@ -220,6 +221,19 @@ def test_a_question_that_nobody_answers(shell: Any, cli: Any, server: Any) -> No
     cli("stop", "web")
     done = shell("system", "prune", input=b"")
     assert (done.returncode, b"nothing was changed" in done.stderr) == (130, True)
+
+
+def test_an_interrupted_command_does_not_claim_that_nothing_was_changed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "each", interrupt)
+    monkeypatch.setattr(sys, "argv", ["hypeman", "stop", "web"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code, capsys.readouterr().err.strip()) == (130, "")
 
 
 def test_ps_says_what_it_hides(cli: Any, server: Any) -> None:
