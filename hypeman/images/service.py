@@ -21,6 +21,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterable, Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -28,7 +29,16 @@ import trio
 
 from hypeman import events
 from hypeman.config import ImagesConfig
-from hypeman.errors import Conflict, HypemanError, InternalError, InUse, InvalidRequest, InvalidState, NotFound
+from hypeman.errors import (
+    Conflict,
+    HypemanError,
+    InternalError,
+    InUse,
+    InvalidRequest,
+    InvalidState,
+    NotFound,
+    StoreError,
+)
 from hypeman.ids import check_tags, tags_match
 from hypeman.images import reference
 from hypeman.images.archive import Bounds, Imported, import_file, import_stream
@@ -69,6 +79,7 @@ _MAX_NESTING = 3
 """Maximum depth of nested indexes."""
 _COLLECT_INTERVAL = 600.0
 _MAX_RETRY_INTERVAL = 24 * 3600.0
+_RECORD_SECONDS = 5.0
 
 
 class _Wait:
@@ -132,8 +143,7 @@ class Images:
                     nursery.start_soon(self._work)
                 task_status.started()
                 while True:
-                    await self.collect()
-                    await self._retry(trio.current_time())
+                    await self._tidy(trio.current_time())
                     await trio.sleep(_COLLECT_INTERVAL)
         finally:
             with trio.CancelScope(shield=True):
@@ -173,6 +183,14 @@ class Images:
         await trio.to_thread.run_sync(self._blobs.trim, self._cache_size, in_use)
         if not self._jobs:  # a job's layers are known only once it runs
             await self._maker.collect_downloads()
+
+    async def _tidy(self, now: float) -> None:
+        """Collect and retry. What fails is left to the next time: a full disk takes no changes of the store."""
+        for tidy in (self.collect, partial(self._retry, now)):
+            try:
+                await tidy()
+            except (HypemanError, OSError) as error:
+                log.warning("images were not tidied up, which is tried again: %s", error)
 
     async def _retry(self, now: float) -> None:
         """Make images again that failed for want of something of this host, at growing intervals, if their bytes are
@@ -639,10 +657,7 @@ class Images:
                 error = "internal error; the cause is in the server's log"
         if job.given_up:
             return
-        async with self._changing_disks:
-            job.settled = True
-            with trio.CancelScope(shield=True):
-                await self._store.write(lambda txn: _settle(txn, job.digest, stored, error, transient))
+        await self._record_end(job, lambda txn: _settle(txn, job.digest, stored, error, transient))
         if stored is not None:
             self._made += 1
             metrics.image_pulls.labels("success").inc()
@@ -657,6 +672,20 @@ class Images:
         self._registry.forget(job.login)
         with suppress(HypemanError, OSError):
             await self.collect()
+
+    async def _record_end(self, job: Job, settle: Callable[[Txn], None]) -> None:
+        """Record the outcome of ``job``, as soon as the store takes changes: on a full disk it does not."""
+        while True:
+            try:
+                async with self._changing_disks:
+                    job.settled = True
+                    with trio.CancelScope(shield=True):
+                        await self._store.write(settle)
+                return
+            except StoreError as refused:
+                job.settled = False
+                log.warning("the outcome of image %s was not recorded, which is tried again: %s", job.digest, refused)
+            await trio.sleep(_RECORD_SECONDS)
 
     async def _wait_for(self, digest: str) -> None:
         """Wait until the image with that digest is ready, failed or deleted."""

@@ -21,6 +21,7 @@ import trio
 from hypeman.actor import Actor, acting, set_actor
 from hypeman.errors import Conflict, StoreError
 from hypeman.images import making
+from hypeman.images import service as image_service
 from hypeman.images.manifest import Manifest
 from hypeman.images.types import CreateImageRequest, ImageStatus
 from hypeman.paths import Paths
@@ -372,6 +373,51 @@ async def test_an_image_is_tried_again_at_growing_intervals(served: Served, monk
         made.append(images.statistics()["failed"] > failed)
         now += 600
     assert made == [True, True, False, True, False, False, False, True, False, False]
+
+
+async def test_a_store_that_takes_no_changes_ends_nothing(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk that was full for the image is full for the store, too, when it is made again."""
+    images = served.images
+    monkeypatch.setattr(making, "_SPARE_BYTES", 1 << 60)
+    async with served.client() as client:
+        await push_image(client, "a", "v1")
+        await images.wait_final("a:v1")
+
+    async def refuse(change: object) -> None:
+        raise StoreError("the store could not be written: No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(served.store, "write", refuse)
+        await images._tidy(trio.current_time())
+    assert caplog.text.count("No space left on device") == 2
+    assert (await images.get("a:v1")).status is ImageStatus.FAILED
+    await images._tidy(trio.current_time())
+    await images.wait_final("a:v1")
+    assert images.statistics()["failed"] == 2
+
+
+async def test_an_outcome_is_recorded_when_the_store_takes_changes_again(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(making, "_SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr(image_service, "_RECORD_SECONDS", 0.01)
+    settle, refusals = image_service._settle, 2
+
+    def refuse_twice(*outcome: Any) -> None:
+        nonlocal refusals
+        if refusals:
+            refusals -= 1
+            raise StoreError("the store could not be written: No space left on device")
+        settle(*outcome)
+
+    monkeypatch.setattr(image_service, "_settle", refuse_twice)
+    async with served.client() as client:
+        await push_image(client, "a", "v1")
+        with trio.fail_after(30):
+            failed = await served.images.wait_final("a:v1")
+    assert (failed.error, refusals, caplog.text.count("was not recorded")) == ("the disk is full", 0, 2)
 
 
 async def test_referrers(served: Served) -> None:
