@@ -180,6 +180,10 @@ static int mount_file(const char *source, const struct stat *st, int type, struc
     (void)walk;
     char target[PATH_MAX];
     const char *path = source + strlen(FILES);
+    if (type == FTW_DNR || type == FTW_NS) {
+        files_wrong = problem("cannot read %s of a volume", path);
+        return 1;
+    }
     if (type != FTW_F)
         return 0;
     bool good = snprintf(target, sizeof target, "%s%s", files_below, path) < (int)sizeof target;
@@ -332,12 +336,12 @@ const char *switch_root(void)
     return NULL;
 }
 
-void settle_disks(void)
+/* Unmounts the first 64 of what is mounted from disks; the number of what it has unmounted. */
+static size_t unmount_some(void)
 {
-    sync();
+    static char paths[64][PATH_MAX];
+    size_t count = 0, unmounted = 0;
     FILE *mounts = setmntent("/proc/self/mounts", "re");
-    static char paths[MAX_VOLUMES + MAX_VOLUME_DIRS][256];
-    size_t count = 0;
     for (struct mntent *entry; mounts && count < LENGTH(paths) && (entry = getmntent(mounts));)
         if ((strncmp(entry->mnt_fsname, "/dev/", 5) == 0 || strcmp(entry->mnt_type, "overlay") == 0)
             && strcmp(entry->mnt_dir, "/") != 0 && strlen(entry->mnt_dir) < sizeof paths[0])
@@ -345,8 +349,16 @@ void settle_disks(void)
     if (mounts)
         endmntent(mounts);
     while (count > 0)
-        if (umount2(paths[--count], 0) < 0)
-            umount2(paths[count], MNT_DETACH);
+        if (umount2(paths[--count], 0) == 0 || umount2(paths[count], MNT_DETACH) == 0)
+            unmounted++;
+    return unmounted;
+}
+
+void settle_disks(void)
+{
+    sync();
+    while (unmount_some() > 0)
+        ; /* a volume of files has a mount for each of them */
     /* Freezing writes out the journal and marks the file system clean; unmounting it is impossible under a
      * living root. */
     if (overlay_fd >= 0)

@@ -3,10 +3,12 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/openat2.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "util.h"
@@ -31,10 +33,30 @@ static bool overwrite_file(const char *path, const char *text)
     return good;
 }
 
-/* Replaces whatever stands there: a dangling symlink of the image would otherwise lead the write astray. */
+/* Whether a mount begins at `path`. */
+static bool is_mount(const char *path)
+{
+    char parent[256];
+    const char *name = strrchr(path, '/') + 1;
+    struct open_how how = {.flags = O_PATH | O_NOFOLLOW | O_CLOEXEC, .resolve = RESOLVE_NO_XDEV};
+    snprintf(parent, sizeof parent, "%.*s", (int)(name - path), path);
+    int dir = open(parent, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    int fd = dir < 0 ? -1 : (int)syscall(SYS_openat2, dir, name, &how, sizeof how);
+    bool is = dir >= 0 && fd < 0 && errno == EXDEV;
+    close_fd(&fd);
+    close_fd(&dir);
+    return is;
+}
+
+/* Replaces whatever stands there: a dangling symlink of the image would otherwise lead the write astray. A file of a
+ * volume is the user's, and wins. */
 static int put_file(const char *path, const char *text)
 {
     struct stat st;
+    if (is_mount(path)) {
+        log_line("%s is of a volume and stays as it is", path);
+        return 0;
+    }
     if (overwrite_file(path, text))
         return 0;
     if (lstat(path, &st) == 0 && S_ISDIR(st.st_mode) && rmdir(path) < 0) {

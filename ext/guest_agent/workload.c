@@ -86,7 +86,7 @@ static void tell_ready(void)
 
 static void end_unstarted(const char *message)
 {
-    uint8_t buffer[512];
+    uint8_t buffer[1000]; /* what an event takes; a message has up to 511 bytes */
     struct field_writer writer = {buffer, sizeof buffer, 0, false};
     put_text_field(&writer, TAG_MESSAGE, message);
     event_happened(EVENT_FATAL, &writer);

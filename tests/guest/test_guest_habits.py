@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from hypeman.guest.boot import GuestVolume
+from hypeman.guest.boot import GuestVolume, parse_outcome
+from hypeman.guest.types import Fatal
 from tests.guest.qemu import make_overlay
 from tests.guest.test_agent_exec import run
-from tests.guest.test_real_guest import boot_config, booted, kernel, shell
+from tests.guest.test_real_guest import NETDEV, NETWORK, boot_config, booted, kernel, shell
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -53,6 +55,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tree / "etc/group").write_text(f"root:x:0:\nbig:x:77:{long},bob\nbob:x:1000:\n")
     (tree / "etc/hosts/kept").write_text("a directory where others have a file\n")
     data = tree / "var/lib/app"
+    (tree / "etc/machine-id").write_text("")
     (data / "PG_VERSION").write_text("16\n")
     (data / "sub/secret").write_text("x" * 100_000)
     (data / "link").symlink_to("sub/secret")
@@ -155,6 +158,62 @@ async def test_files_of_a_volume_are_mounted_one_by_one(kernel: Path, image: Pat
         await guest.wait_exit()
     kept = subprocess.run(["debugfs", "-R", "cat state", tmp_path / "v-kept"], capture_output=True, text=True)
     assert kept.stdout == "changed\n"
+
+
+async def test_files_of_a_volume_win_over_what_is_written_at_boot(kernel: Path, image: Path, tmp_path: Path) -> None:
+    """Read-only ones do not keep the guest from booting, writable ones are not overwritten; all are unmounted."""
+    disks = [
+        ("v-conf", make_overlay(tmp_path / "v-conf", "64M"), True),
+        ("v-kept", make_overlay(tmp_path / "v-kept", "64M"), False),
+        ("v-many", make_overlay(tmp_path / "v-many", "64M"), False),
+    ]
+    (tmp_path / "content").write_text("of the user\n")
+    (tmp_path / "empty").write_text("")
+    _write(tmp_path / "v-conf", [f"write {tmp_path / 'content'} {name}" for name in ("hostname", "machine-id")])
+    _write(tmp_path / "v-kept", [f"write {tmp_path / 'content'} resolv.conf"])
+    _write(tmp_path / "v-many", [f"write {tmp_path / 'empty'} {number}" for number in range(400)])
+    config = boot_config(
+        "sleep",
+        "1000",
+        machine_id="0123456789abcdef0123456789abcdef",
+        network=NETWORK,
+        volumes=(
+            GuestVolume("v-conf", "/etc", readonly=True, files=True),
+            GuestVolume("v-kept", "/etc", files=True),
+            GuestVolume("v-many", "/many", files=True),
+        ),
+    )
+    booting = booted(config, image, kernel, tmp_path, disks=disks, extra=NETDEV)
+    async with booting as guest, guest.connect() as client:
+        names = "/etc/hostname /etc/machine-id /etc/resolv.conf"
+        assert await shell(client, f"cat {names}") == 3 * "of the user\n"
+        assert len((await shell(client, "ls /many")).split()) == 400
+        await client.shutdown(grace_seconds=0.1)
+        await guest.wait_exit()
+    state = subprocess.run(["dumpe2fs", "-h", tmp_path / "v-many"], check=True, capture_output=True, text=True).stdout
+    assert [line.split(":")[1].strip() for line in state.splitlines() if "Filesystem state" in line] == ["clean"]
+
+
+async def test_a_file_that_cannot_be_mounted_is_reported_however_long_its_path_is(
+    kernel: Path, image: Path, tmp_path: Path
+) -> None:
+    disks = [("v-conf", make_overlay(tmp_path / "v-conf", "64M"), True)]
+    (tmp_path / "content").write_text("of the user\n")
+    _write(tmp_path / "v-conf", [f"write {tmp_path / 'content'} state"])
+    below = "/etc/passwd/" + "/".join(5 * ["d" * 150])
+    config = boot_config("sleep", "1000", volumes=(GuestVolume("v-conf", below, readonly=True, files=True),))
+    async with booted(config, image, kernel, tmp_path, disks=disks) as guest:
+        await guest.wait_exit()
+    outcome = parse_outcome(guest.boot_disk, config.nonce)
+    assert isinstance(outcome, Fatal)
+    assert outcome.message.startswith("cannot mount the file /etc/passwd/ddd")
+
+
+def _write(disk: Path, commands: Sequence[str]) -> None:
+    """Execute commands of debugfs on a disk."""
+    script = disk.with_suffix(".commands")
+    script.write_text("".join(f"{command}\n" for command in commands))
+    subprocess.run(["debugfs", "-w", "-f", script, disk], check=True, capture_output=True)
 
 
 async def test_a_volume_that_is_too_small_is_reported(kernel: Path, image: Path, tmp_path: Path) -> None:
