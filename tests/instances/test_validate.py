@@ -627,3 +627,8 @@ def test_any_request_is_a_spec_or_a_clear_refusal(body: dict[str, Any]) -> None:
 def test_a_mount_is_echoed_as_given() -> None:
     mount = VolumeMount(volume_id="v", mount_path="/data", readonly=True)
     assert check(volumes=[{"volume_id": "v", "mount_path": "/data/", "readonly": True}]).volumes == (mount,)
+
+
+def test_clients_of_the_contract_see_no_field_of_ours_in_a_mount() -> None:
+    assert b"files" not in msgspec.json.encode(VolumeMount(volume_id="data", mount_path="/data"))
+    assert b'"files":true' in msgspec.json.encode(VolumeMount(volume_id="data", mount_path="/", files=True))

@@ -54,9 +54,11 @@ def boot_config(
                 path=volume.mount_path,
                 readonly=volume.readonly,
                 overlay_disk_id=volume_overlay_disk_id(volume.volume_id) if volume.overlay else "",
-                files=volume.files,
+                files=bool(volume.files),
             )
-            for volume in sorted(spec.volumes, key=lambda each: each.files)  # files lie over what directories bring
+            for volume in sorted(
+                spec.volumes, key=lambda each: bool(each.files)
+            )  # files lie over what directories bring
         ),
         network=boot_network(network),
         ca_certificates=certificates,

@@ -196,12 +196,12 @@ class VolumeMount(Struct, frozen=True, kw_only=True):
     overlay: Annotated[bool, Meta(description="Private write layer; needs readonly")] = False
     overlay_size: Annotated[Size | UnsetType, Meta(description="Size limit of the layer; needed with overlay")] = UNSET
     files: Annotated[
-        bool,
+        bool | UnsetType,
         Meta(
             description="Extension. Each file of the volume is mounted on its own, over the one of its path below "
             "mount_path, which may be `/`; what lies beside it in the guest stays visible. Until the instance stops"
         ),
-    ] = False
+    ] = UNSET
 
 
 class EgressEnforcementRequest(Struct, frozen=True, kw_only=True):
