@@ -12,6 +12,9 @@ nothing and gets nothing twice. Everything but output and input is in text messa
             {"resize": {"rows": N, "cols": N}}
             {"done": true}                           it has the exit code, or gives up: the program is killed
 
+A client sends at most 1 MiB of input that the program has not read. Its other messages may follow that input, and the
+program may want one of them, ``received``, before it reads on: they are taken while the input waits.
+
 A connection that ends without ``done`` leaves the program in the guest for a minute.
 """
 
@@ -31,6 +34,8 @@ from hypeman.telemetry import metrics
 
 _DONE_SECONDS = 10.0
 """For the client's last message."""
+_WAITING = 2 * 1024 * 1024
+"""Bytes of input that wait here for the program; no more messages are taken from a client that sends more."""
 
 _Place = Annotated[int, Meta(ge=0, lt=2**62)]
 
@@ -67,11 +72,19 @@ class KeptExec:
         self._session = session
         self._sending = trio.Lock()
         self._done = trio.Event()
+        self._input = bytearray()
+        """Not handed to the program yet."""
+        self._input_ended = False
+        self._wanted = True
+        """False once the program takes no more input."""
+        self._changed = trio.Event()
+        """Of the three above."""
 
     async def run(self) -> int | None:
         """The program's exit code; None if the guest's agent was lost, which may come back with the program."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._take_messages)
+            nursery.start_soon(self._give_input)
             nursery.start_soon(self._report_input)
             code = await self._give_output()
             if code is not None:
@@ -104,14 +117,44 @@ class KeptExec:
                     await self._take(message)
                 elif message:
                     metrics.exec_bytes_received.inc(len(message))
-                    await self._session.send_stdin(message)
+                    await self._queue_input(message)
                 else:
-                    await self._session.close_stdin()
+                    self._input_ended = True
+                    self._announce()
         except InvalidRequest:
             self._session.end()
             raise
         except HypemanError:
+            pass  # the program has ended, or the guest is lost: the output shows which
+
+    async def _queue_input(self, data: bytes) -> None:
+        while self._wanted and len(self._input) >= _WAITING:
+            await self._changed.wait()
+        if self._wanted:
+            self._input += data
+            self._announce()
+
+    async def _give_input(self) -> None:
+        try:
+            while True:
+                if self._input:
+                    data, self._input = bytes(self._input), bytearray()
+                    self._announce()
+                    await self._session.send_stdin(data)
+                elif self._input_ended:
+                    await self._session.close_stdin()
+                    return
+                else:
+                    await self._changed.wait()
+        except HypemanError:
             pass  # the program has ended or closed its stdin, or the guest is lost: the output shows which
+        finally:
+            self._wanted = False
+            self._announce()
+
+    def _announce(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
     async def _take(self, text: str) -> None:
         try:

@@ -96,6 +96,21 @@ def test_input_is_whole_over_an_upgrade(tmp_path: Path, agent: Agent) -> None:
     assert target.read_bytes() == data
 
 
+@pytest.mark.parametrize("program", ["cat", "exec <&-; cat $0"])
+def test_input_that_the_program_does_not_read_yet_stops_no_output(tmp_path: Path, agent: Agent, program: str) -> None:
+    """A program that writes as much as it reads, and one that has closed its input."""
+    data = os.urandom(3_000_000)
+    (tmp_path / "root" / "file").write_bytes(data)
+    with Upgraded(tmp_path, agent) as server:
+        running = execute(server, "-i", "web", "--", "sh", "-c", program, str(tmp_path / "root" / "file"))
+        try:
+            output, _ = running.communicate(data, timeout=60)
+        finally:
+            running.kill()
+    assert running.returncode == 0
+    assert output == data
+
+
 def test_a_resumed_terminal_has_its_current_size(tmp_path: Path, agent: Agent) -> None:
     with Upgraded(tmp_path, agent) as first:
         opened = Terminal(sys.executable, "-m", "hypeman", "--base-url", first.url, "exec", "-it", "web", "sh")
