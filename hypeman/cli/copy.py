@@ -297,6 +297,8 @@ def write_tree(entries: Iterator[dict[str, Any] | bytes], destination: Path, *, 
         writer.finish()
     finally:
         writer.abandon()
+    if writer.skipped and not writer.written:
+        raise CopyFailed(f"nothing was copied: {writer.skipped} is a symlink; -L copies what it leads to")
     return writer.count
 
 
@@ -311,6 +313,10 @@ class TreeWriter:
 
     def __init__(self, destination: Path, *, archive: bool) -> None:
         self.count = 0
+        self.written = False
+        """Whether an entry was not skipped."""
+        self.skipped = ""
+        """The last entry that was."""
         self._into = destination.is_dir()
         # The destination itself is chosen by the user: symlinks in its path are followed.
         self._base = destination if self._into else destination.parent
@@ -332,6 +338,8 @@ class TreeWriter:
                 self._directories[_words(header["path"])] = header
             elif header["is_symlink"] and leads_out(header, self._directories):
                 warn(f"{header['path']} → {header['link_target']} leads out of what is copied and is skipped")
+                self.skipped = header["path"]
+                return
             elif header["is_symlink"]:
                 if (there := _lstat(parent, name)) and not stat.S_ISDIR(there.st_mode):
                     os.unlink(name, dir_fd=parent)
@@ -343,6 +351,7 @@ class TreeWriter:
                 with contextlib.suppress(FileNotFoundError):  # left by a killed copy
                     os.unlink(_temporary(name), dir_fd=parent)
                 self._file = os.fdopen(os.open(_temporary(name), flags, 0o600, dir_fd=parent), "wb")
+        self.written = True
 
     def data(self, chunk: bytes) -> None:
         if self._file is None:

@@ -103,7 +103,7 @@ def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
 @click.option("--env-file", "env_files", type=click.File(), multiple=True, metavar="FILE", help="Lines of KEY=VALUE.")
 @click.option("-u", "--user", help="Instead of the image's: a name or number, and a group after a colon.")
 @click.option("-w", "--workdir", help="Instead of the image's.")
-@click.option("--hostname", help="Default: the instance's name.")
+@click.option("-h", "--hostname", help="Default: the instance's name.")
 @click.option("--ulimit", "ulimits", multiple=True, metavar="NAME=SOFT[:HARD]", help="Limit of programs; repeatable.")
 @click.option("--sysctl", "sysctls", multiple=True, metavar="NAME=VALUE", help="Setting of the kernel; repeatable.")
 @click.option("--shm-size", type=SIZE, help="Size of /dev/shm. Default: half of the memory.")
@@ -361,9 +361,15 @@ def guest_tags(flags: dict[str, Any]) -> dict[str, str]:
 
 
 def variables_in(file: TextIO) -> dict[str, str]:
-    """Docker's env files: KEY=VALUE, or KEY for the caller's value; empty lines and comments (#) are skipped."""
-    lines = (line.strip("\r\n") for line in file)
-    return environment([line for line in lines if line.strip() and not line.lstrip().startswith("#")])
+    """Docker's env files: KEY=VALUE, or KEY for the caller's value; empty lines and comments (#) are skipped, and a
+    byte order mark, and white space before a name. Raises UsageError for white space in a name."""
+    lines = (line.strip("\r\n").removeprefix("\ufeff").lstrip() for line in file)
+    found = [line for line in lines if line and not line.startswith("#")]
+    for line in found:
+        name = line.partition("=")[0]
+        if any(character.isspace() for character in name):
+            raise click.UsageError(f"--env-file {getattr(file, 'name', '')}: white space in the name {name!r}")
+    return environment(found)
 
 
 def random_name(image: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hypeman.cli.copy import CopyFailed, TreeWriter, checked_path, leads_out, split_remote
+from hypeman.cli.copy import CopyFailed, TreeWriter, checked_path, leads_out, split_remote, write_tree
 from hypeman.errors import HypemanError
 from hypeman.guest.types import CopyEntry, FileKind
 
@@ -250,6 +250,13 @@ def test_an_evil_guest(cli: Any, server: Any, tmp_path: Path, evil: list[Any]) -
     done = cli("cp", "web:/x", str(place))
     assert done.exit_code == 1, done.output
     assert not [path for path in place.rglob("*") if not path.is_dir()]
+
+
+def test_a_symlink_alone_is_not_skipped_in_silence(tmp_path: Path) -> None:
+    link = {"path": "l", "is_dir": False, "is_symlink": True, "link_target": "f", "mode": 0o777, "size": 0}
+    with pytest.raises(CopyFailed, match="nothing was copied: l is a symlink; -L"):
+        write_tree(iter([link]), tmp_path / "here", archive=False)
+    assert not os.path.lexists(tmp_path / "here")
 
 
 def test_a_symlink_is_no_way_out(cli: Any, server: Any, tmp_path: Path) -> None:

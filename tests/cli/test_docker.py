@@ -52,7 +52,7 @@ def test_global_options_before_the_program_only() -> None:
 
 
 def test_flags_as_docker_spells_them() -> None:
-    body = body_of("-m", "1.5GB", "-u", "1000:50", "-w", "/srv", "--hostname", "db.example", "--label", "a=b", "alpine")
+    body = body_of("-m", "1.5GB", "-u", "1000:50", "-w", "/srv", "-h", "db.example", "--label", "a=b", "alpine")
     assert (body["size"], body["user"], body["working_dir"]) == ("1536MB", "1000:50", "/srv")
     assert (body["hostname"], body["tags"]) == ("db.example", {"a": "b"})
     assert docker_restart("on-failure:3") == {"policy": "on_failure", "max_attempts": 3}
@@ -72,6 +72,10 @@ def test_variables_of_the_caller() -> None:
 def test_env_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HERE", "1")
     assert variables_in(io.StringIO("# a comment\n\nA=b #c\r\nHERE\n")) == {"A": "b #c", "HERE": "1"}
+    assert variables_in(io.StringIO("\ufeffA=1\n  B= 2 \n\t# no\n")) == {"A": "1", "B": " 2 "}
+    for wrong in ("export A=1\n", "B = 2\n"):
+        with pytest.raises(click.UsageError, match="white space in the name"):
+            variables_in(io.StringIO(wrong))
 
 
 def test_sizes_in_one_grammar() -> None:
