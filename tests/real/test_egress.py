@@ -18,6 +18,7 @@ import pytest
 import trio
 import trustme
 
+from tests.egress import lab_moto
 from tests.egress.postgres_server import a_database
 from tests.real.appliance import ROOT, Appliance
 from tests.real.world import ADDRESS, World
@@ -35,8 +36,11 @@ HOOK_SECRET = "h00k-5e1f0c77aa"
 DATABASE = "db.example.test"
 GIT = "git.example.test"
 DATABASE_SECRET = "d4ta-6c02e9ab17"
-DEBIAN = ROOT / "build" / "test-images" / "debian-programs.tar"
-PACKAGES = "curl,ca-certificates,git,postgresql-client-15,python3-requests"
+CLOUD = "198.51.100.1"
+S3_HOST = "s3.eu-west-1.amazonaws.com"
+CLOUD_SECRETS = (lab_moto.KEY_ID, lab_moto.SECRET, lab_moto.TOKEN)
+DEBIAN = ROOT / "build" / "test-images" / "debian-programs-and-boto3.tar"
+PACKAGES = "curl,ca-certificates,git,postgresql-client-15,python3-requests,python3-boto3"
 
 ORIGIN = """
 import http.server, json, pathlib, ssl, sys
@@ -84,6 +88,26 @@ server.serve_forever()
 
 
 FORMS_OF_ONE: tuple[dict[str, object], ...] = ({"basic": {"username": "robot"}}, {"query": "key"}, {"body": {}})
+
+MOTO = "import sys; from tests.egress.lab_moto import main; main(*sys.argv[1:])"
+
+USE_S3 = """
+import json, urllib.request
+import boto3
+from botocore.config import Config
+config = Config(region_name="eu-west-1", signature_version="s3v4", s3={"addressing_style": "path"},
+                retries={"total_max_attempts": 1})
+s3 = boto3.client("s3", config=config)
+s3.create_bucket(Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+s3.put_object(Bucket="bucket", Key="with space", Body=b"signed")
+s3.put_object(Bucket="bucket", Key="stream", Body=bytes(300_000), ChecksumAlgorithm="SHA256")
+said = [s3.get_object(Bucket="bucket", Key="with space")["Body"].read().decode(),
+        s3.head_object(Bucket="bucket", Key="stream")["ContentLength"]]
+url = s3.generate_presigned_url("get_object", {"Bucket": "bucket", "Key": "with space"}, ExpiresIn=600)
+said.append(urllib.request.urlopen(url).read().decode())
+print(json.dumps(said))
+"""
+"""Signed by field, as a stream of chunks with a checksum behind it, and by the URL."""
 
 CAPTURE = """
 import socket, sys
@@ -155,7 +179,7 @@ def seen(tmp_path: Path) -> Path:
 @asynccontextmanager
 async def _mediated(directory: Path, seen: Path, archive: Path) -> AsyncIterator[Appliance]:
     authority = trustme.CA()
-    certificate = authority.issue_cert(HOST, OTHER, FORMS, ECHO, GIT, DATABASE)
+    certificate = authority.issue_cert(HOST, OTHER, FORMS, ECHO, GIT, DATABASE, S3_HOST)
     clients = trustme.CA()
     identity = clients.issue_cert("robot.test").private_key_and_cert_chain_pem.bytes().decode()
     seen.with_name("identity").write_text(identity)
@@ -165,13 +189,15 @@ async def _mediated(directory: Path, seen: Path, archive: Path) -> AsyncIterator
     appliance = Appliance(
         directory,
         EGRESS__UPSTREAM_CA_FILE=str(directory / "ca.pem"),
-        EGRESS__ALLOW_PRIVATE=f"[{ADDRESS}/32]",
+        EGRESS__ALLOW_PRIVATE=f"[{ADDRESS}/32, {CLOUD}/32]",
     )
     world = World(appliance.namespace, HOST, OTHER, FORMS, ECHO, GIT, DATABASE)
+    world.add(CLOUD, S3_HOST)
     origin = [str(path) for path in (directory / "origin.pem", seen, directory / "clients.pem", seen.parent)]
     try:
         with (
             world.serving(ORIGIN, ADDRESS, *origin, _basic("robot", FORM_SECRET)),
+            world.serving(MOTO, str(directory / "origin.pem"), CLOUD),
             a_database(world.name, ADDRESS, directory / "origin.pem", DATABASE_SECRET),
             appliance.namespace.serving(CAPTURE, str(seen.with_name("packets"))),
         ):
@@ -195,6 +221,7 @@ async def _mediated(directory: Path, seen: Path, archive: Path) -> AsyncIterator
                     "HOOK": HOOK_SECRET,
                     "PEM": identity,
                     "DATABASE": DATABASE_SECRET,
+                    "CLOUD_KEYS": lab_moto.VALUE,
                 },
                 credentials={
                     "API_KEY": {
@@ -216,6 +243,10 @@ async def _mediated(directory: Path, seen: Path, archive: Path) -> AsyncIterator
                     "PGPASSWORD": {
                         "source": {"env": "DATABASE"},
                         "inject": [{"hosts": [DATABASE], "as": {"postgres": {"user": "app"}}}],
+                    },
+                    "AWS": {
+                        "source": {"env": "CLOUD_KEYS"},
+                        "inject": [{"hosts": [S3_HOST], "as": {"sigv4": {"region": "eu-west-1", "service": "s3"}}}],
                     },
                     "CERTIFICATE": {
                         "source": {"env": "PEM"},
@@ -268,7 +299,8 @@ async def test_the_origin_sees_the_secret_and_the_guest_never_does(mediated: App
     packets = seen.with_name("packets").read_bytes()
     assert packets.count(FORMS.encode()), "packets are looked into"
     line_of_key = seen.with_name("identity").read_text().splitlines()[1]
-    for secret in (SECRET, ROTATED, HOOK_SECRET, DATABASE_SECRET, line_of_key, *_spellings(FORM_SECRET)):
+    secrets = (SECRET, ROTATED, HOOK_SECRET, DATABASE_SECRET, line_of_key, *CLOUD_SECRETS)
+    for secret in (*secrets, *_spellings(FORM_SECRET)):
         found = [str(path) for path in _places_with(mediated, secret.encode())]
         assert not found and secret.encode() not in packets, (secret, found)
     assert any("/proc/" in str(path) for path in _places_with(mediated, b"mock-API_KEY")), "memory is looked into"
@@ -315,6 +347,9 @@ async def _use_programs(appliance: Appliance, seen: Path) -> None:
         assert (code, text.strip()) == (0, "42|app"), text
     code, text = await appliance.exec("one", "psql", "-XAtc", "select 1", settings.replace("=app ", "=postgres ", 1))
     assert code == 2 and "(role_denied)" in text, text
+
+    code, text = await appliance.exec("one", "python3", "-c", USE_S3)
+    assert code == 0 and json.loads(text) == ["signed", 300_000, "signed"], text
 
 
 def _basic(user: str, secret: str) -> str:

@@ -50,6 +50,12 @@ class World(Namespace):
         (self._etc / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{ADDRESS} {name}\n" for name in names))
         (self._etc / "resolv.conf").write_text("")
 
+    def add(self, address: str, *names: str) -> None:
+        """Another address in it, and names for that."""
+        self.run("ip", "addr", "add", f"{address}/32", "dev", "wan")
+        with (self._etc / "hosts").open("a") as hosts:
+            hosts.writelines(f"{address} {name}\n" for name in names)
+
     def remove(self) -> None:
         shutil.rmtree(self._etc)
         super().remove()
