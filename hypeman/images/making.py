@@ -51,7 +51,7 @@ class MakeFailed(Exception):
     """No disk was built; the message is for the user."""
 
     def __init__(self, message: str, *, transient: bool = False) -> None:
-        """``transient``: for want of something of this host, such as room on the disk."""
+        """``transient``: because this host lacked something, such as disk space."""
         super().__init__(message)
         self.transient = transient
 

@@ -37,7 +37,7 @@ class ImageRow(Struct, frozen=True):
     """Pulled with a login from the request, which is not stored: cannot be resumed."""
     error: str = ""
     transient: bool = False
-    """It failed for want of something of this host, such as room on the disk. If its bytes are here, it is made
+    """It failed because this host lacked something, such as disk space. If its bytes are here, it is built
     again."""
     fs: str = ""
     size: int = 0

@@ -10,7 +10,7 @@ Invariants:
   another image keeps it until the new one is ready.
 - A pinned image is not deleted, neither by a request nor by garbage collection.
 - A job interrupted by a restart is restarted, unless it used a login supplied with the request.
-- An image that was pushed or imported and failed for want of something of this host is made again, later.
+- An image that was pushed or imported and failed because this host lacked something is built again later.
 - Names and tags are changed in the same transaction as the record they refer to.
 """
 
@@ -193,8 +193,8 @@ class Images:
                 log.warning("images were not tidied up, which is tried again: %s", error)
 
     async def _retry(self, now: float) -> None:
-        """Make images again that failed for want of something of this host, at growing intervals, if their bytes are
-        here. Nobody else would: who pushed one was told that it is stored."""
+        """Build images again that failed because this host lacked something, at growing intervals, if their bytes are
+        here. The client that pushed one does not repeat it: its push succeeded."""
         rows = self._store.read(lambda txn: [row for _, row in txn.scan(IMAGES) if _is_retried(row)])
         before, self._retries = self._retries, {}
         for row in rows:

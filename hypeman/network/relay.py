@@ -27,7 +27,7 @@ UDP_IDLE = 60.0
 _CONNECT = 10.0
 _CHUNK = 64 << 10
 _RETRY = 0.1
-"""Seconds after an accept that failed, for example for want of descriptors."""
+"""Seconds after an accept that failed, for example without a free descriptor."""
 _NO_LINGER = struct.pack("ii", 1, 0)
 _IP_PKTINFO = 8
 _ANCILLARY = socket.CMSG_SPACE(20)
