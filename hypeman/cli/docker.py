@@ -10,13 +10,12 @@ from typing import Any
 import click
 
 from hypeman import __version__
-from hypeman.cli.client import ApiError, Client
 from hypeman.cli.complete import complete_instance
 from hypeman.cli.images import delete_image, tag_image
 from hypeman.cli.instances import instance_argument, path_of, restart_instance, show_instance
 from hypeman.cli.output import render_table, size, use_colour
+from hypeman.cli.prune import delete_after_question, stopped_instances, unattached_volumes, unused_images
 from hypeman.cli.session import Session, another_name, complain, fail, interrupted, present, reports, write_log
-from hypeman.urls import segment
 
 _BY_SIGNAL = 128
 
@@ -152,51 +151,27 @@ def df(session: Session) -> None:
 @reports
 def prune(session: Session, force: bool, everything: bool, volumes: bool) -> None:
     """Delete stopped instances, and on request unused images and volumes. Instances in standby are kept."""
-    client = session.client
-    instances = client.get("/instances")
-    stopped = [row for row in instances if row["state"] == "Stopped"]
-    kept = {row["image"] for row in instances if row not in stopped}
-    targets = [("instance", row["name"], path_of(row["id"])) for row in stopped]
+    instances = session.client.get("/instances")
+    targets = stopped_instances(instances)
     if everything:
-        targets += [
-            ("image", row["name"], f"/images/{segment(row['name'])}")
-            for row in client.get("/images")
-            if row["name"] not in kept
-        ]
+        targets += unused_images(session.client, [row for row in instances if row["state"] != "Stopped"])
     if volumes:
-        targets += [
-            ("volume", row["name"], f"/volumes/{segment(row['id'])}")
-            for row in client.get("/volumes")
-            if not row.get("attachments")
-        ]
-    if not targets:
-        click.echo("nothing to delete", err=True)
-        return
-    for kind, name, _ in targets:
-        click.echo(f"{kind} {name}", err=True)
-    if not force:
-        click.confirm("Delete these?", abort=True, err=True)
-    raise SystemExit(_delete(session, client, targets))
-
-
-def _delete(session: Session, client: Client, targets: list[tuple[str, str, str]]) -> int:
-    failed = 0
-    for _, name, path in targets:
-        try:
-            client.call("DELETE", path)
-        except ApiError as error:
-            if error.status != 404:
-                session.report(error)
-                failed = 1
-        else:
-            click.echo(name)
-    return failed
+        targets += unattached_volumes(session.client)
+    raise SystemExit(delete_after_question(session, targets, force=force))
 
 
 @click.command(hidden=True)
 def version() -> None:
     """Show the version, as --version does."""
     click.echo(f"hypeman, version {__version__}")
+
+
+@click.command("help", hidden=True)
+@click.argument("names", nargs=-1, metavar="[COMMAND]...")
+@click.pass_context
+def show_help(context: click.Context, names: tuple[str, ...]) -> None:
+    """Show the help of a command, as COMMAND --help does."""
+    context.find_root().command.main([*names, "--help"], prog_name="hypeman")
 
 
 rmi = another_name(delete_image, "rmi")

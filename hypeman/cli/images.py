@@ -167,6 +167,20 @@ def delete_image(session: Session, names: tuple[str, ...]) -> None:
     session.delete_each(names, image_path)
 
 
+@images.command("prune")
+@click.option("-a", "--all", "everything", is_flag=True, help="Needed: what has no name is deleted by the server.")
+@click.option("-f", "--force", is_flag=True, help="Do not ask.")
+@reports
+def prune_images(session: Session, everything: bool, force: bool) -> None:
+    """Delete all images that no instance uses."""
+    from hypeman.cli.prune import delete_after_question, unused_images
+
+    if not everything:
+        click.echo("the server deletes what has no name: --all deletes images that no instance uses", err=True)
+    targets = unused_images(session.client, session.client.get("/instances")) if everything else []
+    raise SystemExit(delete_after_question(session, targets, force=force))
+
+
 @images.command("import")
 @click.argument("archive")
 @click.option("--name", help="Name of the image; default: the name in the archive, or else the file's name.")

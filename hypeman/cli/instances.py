@@ -12,7 +12,7 @@ import click
 
 from hypeman.cli.client import ApiError, Client
 from hypeman.cli.complete import complete_instance
-from hypeman.cli.output import age, render_table, size, until, use_colour
+from hypeman.cli.output import FORMATS, age, render_table, size, until, use_colour
 from hypeman.cli.policies import (
     compression_body,
     compression_options,
@@ -21,7 +21,7 @@ from hypeman.cli.policies import (
     restart_body,
     restart_options,
 )
-from hypeman.cli.session import ParamType, Session, fail, interrupted, pairs, present, reports, warn, write_log
+from hypeman.cli.session import Format, ParamType, Session, fail, interrupted, pairs, present, reports, warn, write_log
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.text import one_line
 from hypeman.urls import segment
@@ -116,6 +116,8 @@ def docker_filter(text: str) -> str:
         case "label":
             name, _, wanted = value.partition("=")
             return f"tags.{name}={wanted or '*'}"
+        case "name" if value and not {"*", "?"} & set(value):
+            return f"name=*{value}*"
         case "ancestor":
             return f"image={value if ':' in value or '*' in value else f'*{value}:*'}"
     return f"{key}{equals}{value}"
@@ -127,14 +129,28 @@ def docker_filter(text: str) -> str:
 @click.option("--state", type=click.Choice(STATES), help="Only those in this state.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="Only those with this tag; repeatable.")
 @click.option("--no-trunc", "whole", is_flag=True, help="Ids in full.")
+@click.option("-n", "--last", type=click.IntRange(1), help="Only so many, those created last, in any state.")
+@click.option("-l", "--latest", is_flag=True, help="Only the one created last, in any state.")
 @reports
-def ps(session: Session, everything: bool, quiet: bool, state: str | None, tags: tuple[str, ...], whole: bool) -> None:
+def ps(
+    session: Session,
+    everything: bool,
+    quiet: bool,
+    state: str | None,
+    tags: tuple[str, ...],
+    whole: bool,
+    last: int | None,
+    latest: bool,
+) -> None:
     """List instances."""
+    last = 1 if latest else last
     session.filters = [docker_filter(text) for text in session.filters]
     found = session.client.get("/instances", state=state, tags=pairs(tags))
+    if last is not None:
+        found = sorted(found, key=lambda row: str(row["created_at"]), reverse=True)[:last]
     rows = found
     by_state = any(text.startswith("state=") for text in session.filters)
-    if not everything and state is None and not by_state:
+    if not everything and state is None and not by_state and last is None:
         rows = [row for row in found if row["state"] in ("Running", "Initializing")]
     columns = [
         ("ID", lambda row: row["id"] if whole else row["id"][:12]),
@@ -157,9 +173,11 @@ def ps(session: Session, everything: bool, quiet: bool, state: str | None, tags:
 @click.command()
 @click.argument("instances", nargs=-1, required=True, shell_complete=complete_instance)
 @click.option("--show-env", is_flag=True, help="Show the values of the environment.")
+@click.option("-f", "form", type=Format(FORMATS), hidden=True)
 @reports
-def inspect(session: Session, instances: tuple[str, ...], show_env: bool) -> None:
+def inspect(session: Session, instances: tuple[str, ...], show_env: bool, form: str | None) -> None:
     """Show everything about an instance, or a list of several."""
+    session.form = form or session.form
     found = [session.client.get(path_of(instance)) for instance in instances]
     for one in found:
         if not show_env and one.get("env"):

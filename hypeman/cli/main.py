@@ -15,7 +15,7 @@ import click
 from hypeman import __version__
 from hypeman.cli.output import FORMATS
 from hypeman.cli.program import RunCommand, takes_anything
-from hypeman.cli.session import Session, complain
+from hypeman.cli.session import Format, Session, complain
 from hypeman.cli.shell import COMPLETION_VARIABLE
 from hypeman.cli.tree import Tree
 
@@ -50,20 +50,6 @@ SECTIONS = {
     ),
 }
 """The commands of the help by subject; any other is listed at its end."""
-
-
-class Format(click.Choice[str]):
-    """One of FORMATS. The templates of Docker are told apart from a word that is misspelt."""
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        if "{{" in str(value):
-            self.fail(
-                "templates are not supported: --transform shows a part, as in --transform network.ip or, of a list, "
-                "--transform '#.name'; -o json shows everything",
-                parameter,
-                context,
-            )
-        return super().convert(value, parameter, context)
 
 
 class Commands(click.Group):

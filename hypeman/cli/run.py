@@ -362,8 +362,12 @@ def guest_tags(flags: dict[str, Any]) -> dict[str, str]:
 
 def variables_in(file: TextIO) -> dict[str, str]:
     """Docker's env files: KEY=VALUE, or KEY for the caller's value; empty lines and comments (#) are skipped, and a
-    byte order mark, and white space before a name. Raises UsageError for white space in a name."""
-    lines = (line.strip("\r\n").removeprefix("\ufeff").lstrip() for line in file)
+    byte order mark, and white space before a name. Raises UsageError for white space in a name, and for what is not
+    UTF-8."""
+    try:
+        lines = [line.strip("\r\n").removeprefix("\ufeff").lstrip() for line in file]
+    except UnicodeError:
+        raise click.UsageError(f"--env-file {getattr(file, 'name', '')}: not text in UTF-8") from None
     found = [line for line in lines if line and not line.startswith("#")]
     for line in found:
         name = line.partition("=")[0]
@@ -426,7 +430,9 @@ def _credentials(text: str | None) -> Any:
             with open(text[1:], "rb") as file:
                 return msgspec.json.decode(file.read())
         return msgspec.json.decode(text)
-    except (OSError, msgspec.DecodeError) as error:
+    except OSError as error:
+        fail(f"--credentials-json {text}: {error.strerror}")
+    except msgspec.DecodeError as error:
         fail(f"--credentials-json: {error}")
 
 

@@ -83,10 +83,11 @@ class Session:
 
     def show_list(self, rows: Sequence[Mapping[str, Any]], columns: Columns, *, quiet: str | None = None) -> None:
         """Print a table of the rows that match ``--filter``, or only the field ``quiet`` of each."""
+        found = matching(rows, self.filters)
         for field in unknown_fields(rows, self.filters):
             known = sorted({key for row in rows for key in row})
             warn(f"--filter {field}: none of the {len(rows)} has this field; there are {', '.join(known)}")
-        rows = matching(rows, self.filters)
+        rows = found
         if quiet is not None:
             for row in rows:
                 click.echo(one_line(str(row[quiet])))
@@ -219,6 +220,20 @@ if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
 else:
     ParamType = click.ParamType  # not generic in older versions
+
+
+class Format(click.Choice[str]):
+    """One of FORMATS. The templates of Docker are told apart from a word that is misspelt."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if "{{" in str(value):
+            self.fail(
+                "templates are not supported: --transform shows a part, as in --transform network.ip or, of a list, "
+                "--transform '#.name'; -o json shows everything",
+                parameter,
+                context,
+            )
+        return super().convert(value, parameter, context)
 
 
 class Size(ParamType):

@@ -29,6 +29,7 @@ CLIENT = {
     "exec": "execute:execute",
     "fork": "instances:fork",
     "health": "host:health",
+    "help": "docker:show_help",
     "image": "images:images",
     "info": "docker:info",
     "ingress": "ingress:ingresses",

@@ -11,6 +11,7 @@ from hypeman.cli.groups import NounGroup
 from hypeman.cli.images import upload_chunks
 from hypeman.cli.instances import path_of, show_instance
 from hypeman.cli.output import age
+from hypeman.cli.prune import delete_after_question, unattached_volumes
 from hypeman.cli.session import GIGABYTES, Session, fail, pairs, present, reports
 from hypeman.urls import segment
 
@@ -90,6 +91,18 @@ def delete_volume(session: Session, volume: str) -> None:
     """Delete a volume that is not in use."""
     session.client.call("DELETE", f"/volumes/{segment(volume)}")
     click.echo(volume)
+
+
+@volumes.command("prune")
+@click.option("-a", "--all", "everything", is_flag=True, help="Needed: every volume has a name, none is anonymous.")
+@click.option("-f", "--force", is_flag=True, help="Do not ask.")
+@reports
+def prune_volumes(session: Session, everything: bool, force: bool) -> None:
+    """Delete all volumes that are not attached."""
+    targets = unattached_volumes(session.client) if everything else []
+    if not everything:
+        click.echo("every volume has a name: --all deletes those that are not attached", err=True)
+    raise SystemExit(delete_after_question(session, targets, force=force))
 
 
 @volumes.command("attach")

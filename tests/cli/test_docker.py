@@ -112,6 +112,7 @@ def test_sizes_in_one_grammar() -> None:
         (["exec", "--gone", "web", "sh"], "No such option: --gone"),
         (["ps", "--format", "{{.Names}}"], "--transform '#.name'"),
         (["inspect", "--format", "{{.State.Status}}", "web"], "templates are not supported"),
+        (["inspect", "-f", "{{.State.Status}}", "web"], "templates are not supported"),
         (["container", "ls"], "hypeman ps"),
         (["create", "alpine"], "hypeman run -d"),
         (["run", "--cpus", "few", "alpine"], "not a number of CPUs"),
@@ -150,6 +151,8 @@ def test_filters_as_docker_spells_them(cli: Any, server: Any) -> None:
     cli("stop", "db")
     assert cli("ps", "-q", "--no-trunc", "--filter", "status=exited").stdout.count("\n") == 1
     assert [row["name"] for row in json.loads(cli("ps", "-o", "json", "--filter", "status=running").stdout)] == ["web"]
+    assert [row["name"] for row in json.loads(cli("ps", "-a", "-o", "json", "--filter", "name=e").stdout)] == ["web"]
+    assert docker_filter("name=w?b") == "name=w?b"
     assert docker_filter("label=team=a") == "tags.team=a"
     assert docker_filter("label=team") == "tags.team=*"
     assert docker_filter("ancestor=nginx") == "image=*nginx:*"
@@ -205,7 +208,13 @@ def test_output_that_the_terminal_cannot_show(shell: Any, server: Any) -> None:
 def test_a_file_that_is_no_text(shell: Any, server: Any, tmp_path: Path) -> None:
     (tmp_path / "variables").write_bytes(b"A=\xff\xfe\n")
     done = shell("run", "--env-file", str(tmp_path / "variables"), "alpine")
-    assert (done.returncode, b"not text in UTF-8" in done.stderr, b"Traceback" in done.stderr) == (1, True, False)
+    assert (done.returncode, b"variables: not text in UTF-8" in done.stderr, b"Traceback" in done.stderr) == (
+        2,
+        True,
+        False,
+    )
+    done = shell("run", "--credentials-json", f"@{tmp_path}/gone", "alpine")
+    assert (done.returncode, b"gone: No such file" in done.stderr, b"Errno" in done.stderr) == (1, True, False)
 
 
 def test_an_empty_no_color_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +277,35 @@ def test_restart_commit_prune(cli: Any, server: Any) -> None:
     assert server.world.instances.instances
     assert cli("system", "prune", "-f").stdout == "web\n"
     assert not server.world.instances.instances
+
+
+def test_pruning_one_kind_needs_all(cli: Any, server: Any) -> None:
+    cli("volume", "create", "old", "--size", "1GB")
+    cli("pull", "docker.io/library/old:latest")
+    for kind in ("volume", "image"):
+        done = cli(kind, "prune", "-f")
+        assert (done.exit_code, done.stdout, "--all" in done.stderr) == (0, "", True)
+        assert cli(kind, "prune", "--all", input="n\n").exit_code != 0
+    assert cli("volume", "prune", "-af").stdout == "old\n"
+    assert cli("image", "prune", "-af").stdout == "docker.io/library/old:latest\n"
+    assert cli("volume", "list", "-q").stdout == cli("image", "list", "-q").stdout == ""
+
+
+def test_the_instances_created_last(cli: Any, server: Any) -> None:
+    for name in ("first", "second", "third"):
+        server.world.instances.add(name)
+    cli("stop", "third")
+    newest = sorted(json.loads(cli("ps", "-a", "-o", "json").stdout), key=lambda row: str(row["created_at"]))[::-1]
+    for arguments, count in ((["-l"], 1), (["-n", "2"], 2)):
+        shown = json.loads(cli("ps", *arguments, "-o", "json").stdout)
+        assert len(shown) == count
+        assert [row["created_at"] for row in shown] == [row["created_at"] for row in newest[:count]]
+
+
+def test_help_is_a_command_too(cli: Any) -> None:
+    assert cli("help").stdout == cli("--help").stdout
+    assert cli("help", "volume", "create").stdout == cli("volume", "create", "--help").stdout
+    assert cli("help", "nothing").exit_code == 2
 
 
 def test_mounts() -> None:
