@@ -13,6 +13,7 @@ import click
 from hypeman.cli.client import ApiError, Client
 from hypeman.cli.complete import complete_image
 from hypeman.cli.groups import NounGroup
+from hypeman.cli.logins import sent_login
 from hypeman.cli.output import age, size
 from hypeman.cli.progress import counted
 from hypeman.cli.session import Session, complain, fail, interrupted, pairs, present, reports
@@ -106,7 +107,8 @@ def _look(client: Client, name: str) -> dict[str, Any]:
 @reports
 def pull(session: Session, image: str, platform: str | None, tags: tuple[str, ...], detach: bool) -> None:
     """Pull an image from a registry."""
-    found = session.client.post("/images", present(name=image, platform=platform, tags=pairs(tags)))
+    body = present(name=image, platform=platform, tags=pairs(tags), credentials=sent_login(image))
+    found = session.client.post("/images", body)
     _finish(session, found, detach)
 
 

@@ -41,7 +41,7 @@ _VALUES = {"true": True, "1": True, "false": False, "0": False}
 SECTIONS = {
     "Run": ("run", "ps", "logs", "exec", "cp", "attach", "top", "stats", "wait", "port"),
     "Life cycle": ("start", "stop", "restart", "kill", "standby", "restore", "fork", "rm", "update", "auto-standby"),
-    "Images": ("pull", "image", "tag", "push", "login", "build", "builder", "rmi"),
+    "Images": ("pull", "image", "tag", "push", "login", "logout", "build", "builder", "rmi"),
     "Data": ("volume", "snapshot", "commit", "backup", "bundle", "compose"),
     "Network and devices": ("ingress", "egress", "device"),
     "Host": (

@@ -11,6 +11,7 @@ import click
 
 from hypeman.cli.complete import complete_image
 from hypeman.cli.groups import DefaultGroup
+from hypeman.cli.logins import sent_login
 from hypeman.cli.output import age, size
 from hypeman.cli.session import Session, fail, interrupted, present, reports
 from hypeman.text import one_line
@@ -54,12 +55,9 @@ def create(
         if password:
             raise click.UsageError("give either --password or --password-stdin")
         password = sys.stdin.readline().rstrip("\n")
-    body = present(
-        image=image,
-        target=target or image,
-        insecure=insecure,
-        credentials=present(username=username, password=password, registry_token=registry_token),
-    )
+    target = target or image
+    given = present(username=username, password=password, registry_token=registry_token)
+    body = present(image=image, target=target, insecure=insecure, credentials=given or sent_login(target))
     made = session.client.post("/pushes", body)
     if not detach:
         with interrupted(f"the server continues; to see how far it is: hypeman push get {made['id']}"):

@@ -20,10 +20,6 @@ REFUSED = {
     "export": "`hypeman cp INSTANCE:/ -` writes a guest's files as a tar",
     "diff": "`hypeman exec INSTANCE -- find / -xdev -newer /etc/hostname` lists what changed since the boot",
     "network": "each instance has its own network; see --network and --bandwidth-… of `hypeman run`",
-    "login": "the server pulls with the logins of its own user: on the host, as root, `skopeo login --authfile "
-    "~/.docker/config.json REGISTRY` (images.docker_config); for one push, `hypeman push --username`; to push to the "
-    "server, `hypeman token | skopeo login -u any --password-stdin HOST:8080`",
-    "logout": "delete the login in ~/.docker/config.json of the server's user (images.docker_config)",
     "swarm": "Hypeman runs on one host",
 }
 

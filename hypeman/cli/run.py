@@ -18,6 +18,7 @@ from hypeman.cli.client import ApiError, Client, Unreachable
 from hypeman.cli.complete import complete_image
 from hypeman.cli.images import PullDisplay, image_path, wait_ready
 from hypeman.cli.instances import HYPERVISOR_HELP, HYPERVISORS, WAKES, path_of, read_egress_rules
+from hypeman.cli.logins import sent_login
 from hypeman.cli.output import plain
 from hypeman.cli.policies import (
     compression_body,
@@ -410,14 +411,18 @@ def parse_mount(text: str) -> dict[str, Any]:
 
 def ensure_image(client: Client, image: str, platform: str | None, *, always: bool = False) -> None:
     """Pull the image if it is missing, or ``always``, and wait until it is ready."""
+
+    def begin() -> Any:
+        return client.post("/images", present(name=image, platform=platform, credentials=sent_login(image)))
+
     try:
         found = client.get(image_path(image))
     except ApiError as error:
         if error.status != 404:
             raise
-        found, always = client.post("/images", present(name=image, platform=platform)), False
+        found, always = begin(), False
     if always or found["status"] == "failed":
-        found = client.post("/images", present(name=image, platform=platform))
+        found = begin()
     if found["status"] != "ready":
         wait_ready(client, found["name"], PullDisplay.for_terminal(found["name"]))
 

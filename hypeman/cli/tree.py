@@ -35,6 +35,8 @@ CLIENT = {
     "ingress": "ingress:ingresses",
     "inspect": "instances:inspect",
     "kill": "docker:kill",
+    "login": "logins:login",
+    "logout": "logins:logout",
     "logs": "instances:logs",
     "man": "shell:man",
     "port": "ports:port",

@@ -85,7 +85,7 @@ def server(tmp_path: Path) -> Iterator[Running]:
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No settings of the user who runs the tests."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("HYPEMAN_BASE_URL", "HYPEMAN_API_KEY", "JWT_SECRET", "FORCE_COLOR", "NO_COLOR"):
+    for name in ("HYPEMAN_BASE_URL", "HYPEMAN_API_KEY", "JWT_SECRET", "FORCE_COLOR", "NO_COLOR", "DOCKER_CONFIG"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -714,12 +714,6 @@ def test_habits_of_names_and_flags(cli: Any, server: Any) -> None:
     assert cli("logs", "-n", "1", "web").stdout == "two\n"
 
 
-@pytest.mark.parametrize("arguments", [["login"], ["login", "quay.io", "-u", "x"], ["logout", "quay.io"]])
-def test_login_says_where_logins_are(cli: Any, arguments: list[str]) -> None:
-    refused = cli(*arguments)
-    assert refused.exit_code == 2 and "config.json" in refused.stderr
-
-
 def test_ingresses(cli: Any, server: Any) -> None:
     server.world.instances.add("web")
     secret = "0123456789abcdef0123456789abcdef"

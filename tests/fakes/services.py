@@ -141,8 +141,10 @@ class FakeImages:
     looks: int = 0
     """Looks at an image on its way before it is ready."""
     imported: bytes = b""
+    asked: list[CreateImageRequest] = field(default_factory=list)
 
     async def create(self, request: CreateImageRequest) -> Image:
+        self.asked.append(request)
         name = normalized(request.name)
         image = Image(name, DIGEST, ImageStatus.PENDING, NOW, tags=request.tags or UNSET)
         return self.images.setdefault(name, image)
