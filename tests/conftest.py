@@ -29,6 +29,13 @@ class TookTooLong(BaseException):
     """Not an Exception, so that a test's own handlers do not catch it."""
 
 
+def pytest_configure() -> None:
+    # A suite that runs in the background of a shell has SIGINT ignored, and what it starts inherits that: programs
+    # that tests interrupt would never end.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Raises TookTooLong in the main thread after ``seconds``.

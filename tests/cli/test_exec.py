@@ -68,7 +68,6 @@ def test_interrupted_is_130(server: Any) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=_hear_interrupts,
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -79,11 +78,6 @@ def test_interrupted_is_130(server: Any) -> None:
         _, errors = process.communicate(timeout=15)
     assert (process.returncode, errors) == (130, b"")
     wait_until(lambda: server.world.instances.sessions[0].closed)
-
-
-def _hear_interrupts() -> None:
-    """A suite that runs in the background has SIGINT ignored, and its children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(condition: Any) -> None:
