@@ -358,7 +358,10 @@ class Wakes:
         if not pids:
             return
         pid = self._random.choice(sorted(pids))
-        os.kill(pid, signal.SIGKILL)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return  # it has just entered standby
         name = found[pids[pid]]
         with trio.move_on_after(10):  # one that was about to end in standby does so
             while await self._state(name) not in ("Stopped", "Shutdown"):
