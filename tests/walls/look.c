@@ -219,6 +219,8 @@ int main(int argc, char **argv)
     int asked = argc > 1 && strcmp(argv[1], "--version") == 0;
     if (argc > 2 && strcmp(argv[1], "-L") == 0 && strcmp(argv[2], "help") == 0)
         printf("/usr/share/qemu\n/usr/share/seabios\n");
+    else if (argc > 2 && strcmp(argv[1], "-machine") == 0 && strcmp(argv[2], "help") == 0)
+        printf("pc-q35-7.2 the machine of our driver\n");
     else if (asked && strstr(name, "jailer"))
         printf("Jailer v1.16.1\n");
     else if (asked && strstr(name, "cloud"))
