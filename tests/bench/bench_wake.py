@@ -60,8 +60,6 @@ async def wake_all(make: Make, guests: int, wanted: int, kills_every: int, secon
 
 
 def results_of(tally: Tally) -> Iterator[Result]:
-    for line in tally.lost:
-        print("lost:", line)
     yield Result("requests that woke", float(tally.requests), "")
     yield Result("lost", float(len(tally.lost)), "")
     for kind, place in WAYS:

@@ -282,6 +282,7 @@ class Wakes:
             self.tally.reported[self._what] += 1
         else:
             self.tally.lost.append(f"{kind} from {place} to {target.name}: {outcome}")
+            print("lost:", self.tally.lost[-1], flush=True)  # also if what follows fails
 
     async def _ask(self, target: Target, kind: str, place: str, text: str, channel: WebSocket | None) -> str:
         peer = target.places[place]
@@ -342,26 +343,27 @@ class Wakes:
             await trio.sleep(self._random.random() * 0.2)
             self._what = "VMM" if self.tally.kills.total() % 2 else "server"
             self._kills += 1
-            self.tally.kills[self._what] += 1
             if self._what == "server":
                 self._appliance.kill()
                 await self._appliance.start()
             else:
-                await self._kill_one_vmm()
+                while not await self._kill_one_vmm():
+                    await trio.sleep(0.05)
+            self.tally.kills[self._what] += 1
             self._kills += 1
             following += self._kills_every
 
-    async def _kill_one_vmm(self) -> None:
-        """And wait until its restart policy has brought it back."""
+    async def _kill_one_vmm(self) -> bool:
+        """And wait until its restart policy has brought it back. False if there was none, or it had just ended."""
         found = {(await self._appliance.get(f"/instances/{each.name}"))["id"]: each.name for each in self._targets}
         pids = {pid: Path(run).name for pid, run in self._appliance.vmms().items() if Path(run).name in found}
         if not pids:
-            return
+            return False
         pid = self._random.choice(sorted(pids))
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
-            return  # it has just entered standby
+            return False  # it has just entered standby
         name = found[pids[pid]]
         with trio.move_on_after(10):  # one that was about to end in standby does so
             while await self._state(name) not in ("Stopped", "Shutdown"):
@@ -369,6 +371,7 @@ class Wakes:
         with trio.move_on_after(PATIENCE):
             while await self._state(name) not in ("Running", "Standby"):
                 await trio.sleep(0.05)
+        return True
 
 
 async def check_agreement(appliance: Appliance) -> str:
