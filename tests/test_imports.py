@@ -43,7 +43,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 GROUND = frozenset(
     [
         *("actor", "architecture", "errors", "ids", "units", "fields", "paths", "config", "assets", "version"),
-        *("tokens", "text", "urls", "_native"),
+        *("tokens", "text", "urls", "logins", "_native"),
     ]
 )
 """Words, numbers, settings and the hot paths: any package may use them; they use only each other."""
@@ -107,6 +107,7 @@ PURE_MODULES = tuple(
         "kube.status",
         "kube.translate",
         "kube.types",
+        "logins",
         "metering.chain",
         "metering.types",
         "network.addressing",

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 
 from hypeman.errors import InvalidRequest
-from hypeman.images.reference import DEFAULT_REGISTRY, Reference, parse_reference
+from hypeman.images.reference import Reference, parse_reference
+from hypeman.logins import DEFAULT_REGISTRY
 
 MAX_BYTES = 1 << 20
 MAX_IMAGES = 20

@@ -34,7 +34,7 @@ from hypeman.errors import AlreadyExists, Conflict, HypemanError, InsufficientRe
 from hypeman.guest.programs import ExecResult, ExecSession, Output
 from hypeman.guest.session_types import ExecRequest
 from hypeman.host.files import read_pieces
-from hypeman.images.reference import DEFAULT_REGISTRY, Reference, host_platform, parse_reference
+from hypeman.images.reference import Reference, host_platform, parse_reference
 from hypeman.images.types import Image, ImageStatus, ReadyImage
 from hypeman.instances.model.types import (
     CreateInstanceRequest,
@@ -44,6 +44,7 @@ from hypeman.instances.model.types import (
     VolumeMount,
     WaitForStateResponse,
 )
+from hypeman.logins import DEFAULT_REGISTRY
 from hypeman.text import one_line
 from hypeman.volumes.types import CreateVolumeRequest, Volume
 

@@ -11,7 +11,6 @@ import base64
 import binascii
 import http.client
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +21,11 @@ import click
 import msgspec
 
 from hypeman.cli.session import Session, fail, reports, warn
+from hypeman.errors import InvalidRequest
+from hypeman.logins import DEFAULT_REGISTRY, Challenge, parse_challenges, registry_of_key
 from hypeman.text import one_line
 
-DOCKER_HUB = "docker.io"
 _HUB_KEY = "https://index.docker.io/v1/"
-_HUB_HOSTS = ("docker.io", "index.docker.io", "registry-1.docker.io")
 _HUB_API = "registry-1.docker.io"
 _TOKEN_USER = "<token>"  # noqa: S105  # a name
 """What a helper gives as the user of an identity token, which requests cannot carry."""
@@ -40,15 +39,15 @@ class LoginError(Exception):
 
 
 def registry_of(reference: str) -> str:
-    """``host[:port]`` of an image's name; ``docker.io`` without one. Pure."""
-    first, slash, _ = reference.partition("/")
-    if not slash or not ("." in first or ":" in first or first == "localhost"):
-        return DOCKER_HUB
-    return DOCKER_HUB if first in _HUB_HOSTS else first
+    """``host[:port]`` of an image's name; ``docker.io`` without one. Raises InvalidRequest. Pure."""
+    from hypeman.images.reference import parse_reference
+
+    return registry_of_key(parse_reference(reference).registry)
 
 
 def login_for(reference: str) -> dict[str, str] | None:
-    """``username`` and ``password`` for the registry of an image's name; None without a login. Raises LoginError."""
+    """``username`` and ``password`` for the registry of an image's name; None without a login. Raises LoginError,
+    InvalidRequest."""
     registry = registry_of(reference)
     config = _read()
     if helper := _helper(config, registry):
@@ -56,7 +55,7 @@ def login_for(reference: str) -> dict[str, str] | None:
         if found is None or found.get("Username") in (None, "", _TOKEN_USER):
             return None
         return {"username": str(found["Username"]), "password": str(found.get("Secret", ""))}
-    entry = next((entry for key, entry in _entries(config) if _host(key) == registry), None)
+    entry = next((entry for key, entry in _entries(config) if registry_of_key(key) == registry), None)
     try:
         text = base64.b64decode((entry or {}).get("auth") or "", validate=True).decode()
     except (binascii.Error, UnicodeDecodeError, TypeError, ValueError):
@@ -67,16 +66,18 @@ def login_for(reference: str) -> dict[str, str] | None:
 
 def sent_login(reference: str) -> dict[str, str] | None:
     """What a request for an image carries: as ``login_for``, but with a warning in place of LoginError, since most
-    images need no login."""
+    images need no login. None for what is not the name of an image, which the server refuses."""
     try:
         return login_for(reference)
+    except InvalidRequest:
+        return None
     except LoginError as error:
         warn(f"without a login for {reference}: {error}")
         return None
 
 
 @click.command()
-@click.argument("registry", default=DOCKER_HUB)
+@click.argument("registry", default=DEFAULT_REGISTRY)
 @click.option("-u", "--username")
 @click.option("-p", "--password", help="Visible to every user of this host; prefer --password-stdin.")
 @click.option("--password-stdin", is_flag=True, help="Read the password from standard input.")
@@ -97,7 +98,7 @@ def login(
         raise click.UsageError("give either --password or --password-stdin")
     if password_stdin and not username:
         raise click.UsageError("--password-stdin needs --username")
-    registry = registry_of(f"{_host(registry)}/")
+    registry = registry_of_key(registry)
     username = username or click.prompt("Username", err=True)
     if password_stdin:
         password = sys.stdin.read().rstrip("\r\n")
@@ -112,11 +113,11 @@ def login(
 
 
 @click.command()
-@click.argument("registry", default=DOCKER_HUB)
+@click.argument("registry", default=DEFAULT_REGISTRY)
 @reports
 def logout(session: Session, registry: str) -> None:
     """Forget the login at a registry (default: Docker Hub)."""
-    registry = registry_of(f"{_host(registry)}/")
+    registry = registry_of_key(registry)
     try:
         known = _erase(registry)
     except LoginError as error:
@@ -171,14 +172,8 @@ def _entries(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield key, entry
 
 
-def _host(key: str) -> str:
-    """The registry of a key such as ``https://index.docker.io/v1/``."""
-    host = key.removeprefix("https://").removeprefix("http://").split("/", 1)[0]
-    return DOCKER_HUB if host in _HUB_HOSTS else host
-
-
 def _key(registry: str) -> str:
-    return _HUB_KEY if registry == DOCKER_HUB else registry
+    return _HUB_KEY if registry == DEFAULT_REGISTRY else registry
 
 
 def _store(registry: str, username: str, password: str) -> str:
@@ -188,7 +183,7 @@ def _store(registry: str, username: str, password: str) -> str:
         login = {"ServerURL": _key(registry), "Username": username, "Secret": password}
         _ask(helper, "store", msgspec.json.encode(login))
         return f"docker-credential-{helper}"
-    kept = {key: entry for key, entry in _entries(config) if _host(key) != registry}
+    kept = {key: entry for key, entry in _entries(config) if registry_of_key(key) != registry}
     kept[_key(registry)] = {"auth": base64.b64encode(f"{username}:{password}".encode()).decode()}
     _write({**config, "auths": kept})
     return str(_path())
@@ -200,7 +195,7 @@ def _erase(registry: str) -> bool:
     if helper := _helper(config, registry):
         return _ask(helper, "erase", _key(registry).encode()) is not None
     entries = dict(_entries(config))
-    kept = {key: entry for key, entry in entries.items() if _host(key) != registry}
+    kept = {key: entry for key, entry in entries.items() if registry_of_key(key) != registry}
     if len(kept) < len(entries):
         _write({**config, "auths": kept})
     return len(kept) < len(entries)
@@ -246,20 +241,20 @@ def _ask(helper: str, verb: str, data: bytes) -> dict[str, Any] | None:
 def _check(registry: str, username: str, password: str, *, insecure: bool) -> None:
     """Ask the registry whether it accepts the login: ``GET /v2/``, and its token service if it names one (the
     distribution specification, and Docker's token authentication). Raises LoginError."""
-    host = _HUB_API if registry == DOCKER_HUB else registry
+    host = _HUB_API if registry == DEFAULT_REGISTRY else registry
     url = f"{'http' if insecure else 'https'}://{host}/v2/"
     basic = "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
-    status, challenge = _get(url, "")
+    status, challenges = _get(url, "")
     if status == _UNAUTHORIZED:
-        scheme, parameters = _challenge(challenge)
-        if scheme == "bearer" and "realm" in parameters:
-            query = {"account": username, "service": parameters.get("service", "")}
-            separator = "&" if "?" in parameters["realm"] else "?"
-            url = f"{parameters['realm']}{separator}{urlencode({key: text for key, text in query.items() if text})}"
+        first = challenges[0] if challenges else Challenge("no", {})
+        if realm := first.parameters.get("realm") if first.scheme == "bearer" else None:
+            query = {"account": username, "service": first.parameters.get("service", "")}
+            separator = "&" if "?" in realm else "?"
+            url = f"{realm}{separator}{urlencode({key: text for key, text in query.items() if text})}"
             if urlsplit(url).scheme != "https" and not insecure:
-                raise LoginError(f"its token service is not on HTTPS: {parameters['realm']}")
-        elif scheme != "basic":
-            raise LoginError(f"it asks for {scheme or 'no'} authentication, which is not supported")
+                raise LoginError(f"its token service is not on HTTPS: {realm}")
+        elif first.scheme != "basic":
+            raise LoginError(f"it asks for {first.scheme} authentication, which is not supported")
         status, _ = _get(url, basic)
     if status == _UNAUTHORIZED:
         raise LoginError("it refuses this user name and password")
@@ -267,13 +262,8 @@ def _check(registry: str, username: str, password: str, *, insecure: bool) -> No
         raise LoginError(f"{url.partition('?')[0]} answers with status {status}")
 
 
-def _challenge(header: str) -> tuple[str, dict[str, str]]:
-    scheme, _, rest = header.strip().partition(" ")
-    return scheme.lower(), {name.lower(): value for name, value in re.findall(r'(\w+)="([^"]*)"', rest)}
-
-
-def _get(url: str, authorization: str) -> tuple[int, str]:
-    """Status and challenge. Redirects are not followed: the password is for this host."""
+def _get(url: str, authorization: str) -> tuple[int, list[Challenge]]:
+    """Status and challenges. Redirects are not followed: the password is for this host."""
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     try:
@@ -283,7 +273,7 @@ def _get(url: str, authorization: str) -> tuple[int, str]:
             connection.request("GET", path, headers={"authorization": authorization} if authorization else {})
             answer = connection.getresponse()
             answer.read(_MAX_ANSWER)
-            return answer.status, answer.headers.get("www-authenticate", "")
+            return answer.status, parse_challenges(answer.headers.get_all("www-authenticate", []))
         finally:
             connection.close()
     except (OSError, http.client.HTTPException, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Registry logins: parses challenges and docker's configuration file. Pure except for reading that file.
+"""Registry logins of requests and of docker's configuration file. Pure except for reading that file.
 
 Helpers (``credHelpers``, ``credsStore``) are third-party programs and are not run: a registry
 configured only there has no login here.
@@ -8,27 +8,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from hypeman.images.types import PushCredentials
+from hypeman.logins import registry_of_key
 
 _MAX_CONFIG_BYTES = 1 << 20
-_WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_PARAMETER = re.compile(rf'\s*,?\s*({_WORD})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_WORD}))')
-_SCHEME = re.compile(rf"\s*,?\s*({_WORD})(?=\s|,|$)")
-
-
-class Challenge(msgspec.Struct, frozen=True):
-    """One authentication method offered by a registry."""
-
-    scheme: str
-    """In lower case."""
-    parameters: dict[str, str]
-    """Names in lower case."""
 
 
 class Login(msgspec.Struct, frozen=True):
@@ -61,22 +49,6 @@ def login_of(credentials: PushCredentials | None) -> Login:
     if not credentials:
         return NOBODY
     return Login(credentials.username, credentials.password, credentials.registry_token)
-
-
-def parse_challenges(headers: list[str]) -> list[Challenge]:
-    """The challenges of all WWW-Authenticate headers (RFC 9110, §11.6.1); malformed ones are skipped."""
-    found = []
-    for header in headers:
-        at = 0
-        while match := _SCHEME.match(header, at):
-            scheme, at = match[1].lower(), match.end()
-            parameters: dict[str, str] = {}
-            while pair := _PARAMETER.match(header, at):
-                value = pair[3] if pair[3] is not None else re.sub(r"\\(.)", r"\1", pair[2])
-                parameters[pair[1].lower()] = value
-                at = pair.end()
-            found.append(Challenge(scheme, parameters))
-    return found
 
 
 class Keychain:
@@ -129,9 +101,3 @@ def _parse_entry(entry: dict[str, Any]) -> Login:
         except (binascii.Error, UnicodeDecodeError):
             return NOBODY
     return Login(username, password, text("registrytoken"), text("identitytoken"))
-
-
-def registry_of_key(key: str) -> str:
-    """The registry name of a key such as ``https://index.docker.io/v1/``."""
-    host = key.removeprefix("https://").removeprefix("http://").split("/", 1)[0]
-    return "docker.io" if host in ("index.docker.io", "registry-1.docker.io") else host

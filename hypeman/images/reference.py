@@ -13,8 +13,8 @@ import msgspec
 
 from hypeman import architecture
 from hypeman.errors import InvalidRequest
+from hypeman.logins import DEFAULT_REGISTRY
 
-DEFAULT_REGISTRY = "docker.io"
 MAX_NAME = 255
 """Limit for registry plus repository, in characters."""
 

@@ -38,7 +38,7 @@ from hypeman import __version__
 from hypeman.config import ImagesConfig
 from hypeman.errors import HypemanError, InternalError, NotFound, RateLimited
 from hypeman.host.tls import client_context
-from hypeman.images.auth import NOBODY, Challenge, Keychain, Login, parse_challenges
+from hypeman.images.auth import NOBODY, Keychain, Login
 from hypeman.images.manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -47,7 +47,8 @@ from hypeman.images.manifest import (
     ManifestError,
     digest_of,
 )
-from hypeman.images.reference import DEFAULT_REGISTRY, Reference
+from hypeman.images.reference import Reference
+from hypeman.logins import DEFAULT_REGISTRY, Challenge, parse_challenges
 
 R = TypeVar("R")
 

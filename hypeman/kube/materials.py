@@ -37,6 +37,7 @@ from hypeman.kube.types import (
     Secret,
     TokenRequest,
 )
+from hypeman.logins import registry_of_key
 from hypeman.resources.types import Resources
 from hypeman.urls import segment
 from hypeman.volumes.types import CreateVolumeRequest, Volume
@@ -243,16 +244,10 @@ def logins_of(secret: Secret, image: str) -> list[PushCredentials]:
         elif (text := secret.data.get(".dockercfg")) is not None:
             auths = msgspec.json.decode(base64.b64decode(text))
         registry = parse_reference(image).registry
-        return [_login(entry) for host, entry in auths.items() if _host(host) == registry]
+        return [_login(entry) for host, entry in auths.items() if registry_of_key(host) == registry]
     except (ValueError, KeyError, TypeError, AttributeError, msgspec.DecodeError):
         log.warning("pull secret %s is not a docker configuration", secret.key)
         return []
-
-
-def _host(key: str) -> str:
-    """Registry of a key such as ``https://index.docker.io/v1/``."""
-    host = key.removeprefix("https://").removeprefix("http://").split("/")[0]
-    return "docker.io" if host in ("index.docker.io", "registry-1.docker.io") else host
 
 
 def _login(entry: Any) -> PushCredentials:

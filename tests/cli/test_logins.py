@@ -69,7 +69,7 @@ def a_registry(*, bearer: bool) -> Iterator[tuple[str, list[str]]]:
         ("alpine", "docker.io"),
         ("team/app:v1", "docker.io"),
         ("index.docker.io/team/app", "docker.io"),
-        ("quay.io/team/app@sha256:00", "quay.io"),
+        (f"quay.io/team/app@sha256:{'0' * 64}", "quay.io"),
         ("localhost/app", "localhost"),
         ("host:5000/app:v1", "host:5000"),
         ("[::1]:5000/app", "[::1]:5000"),
@@ -116,6 +116,16 @@ def test_pulls_runs_and_pushes_carry_the_login_of_their_registry(cli: Any, serve
     cli("push", "team/app", "quay.io/team/app", "--username", "other", "--password", "one")
     first, second = [request.credentials for request in server.world.pushes.asked]
     assert (first.username, second.username) == (USER, "other")
+
+
+def test_a_host_name_without_a_dot_is_not_docker_hub(cli: Any, tmp_path: Path) -> None:
+    cli("login", "--no-check", "-u", USER, "-p", PASSWORD, "intranet")
+    assert list(json.loads((tmp_path / ".docker" / "config.json").read_text())["auths"]) == ["intranet"]
+
+
+def test_what_is_no_name_of_an_image_is_for_the_server_to_refuse(cli: Any, server: Any) -> None:
+    cli("pull", "Not:a:name")
+    assert [request.credentials for request in server.world.images.asked] in ([], [None])
 
 
 def test_the_rest_of_the_file_stays(cli: Any, tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypeman.images.auth import NOBODY, Challenge, Keychain, Login, parse_challenges, parse_docker_config
+from hypeman.images.auth import NOBODY, Keychain, Login, parse_docker_config
 from hypeman.images.registry import retry_after
 from hypeman.images.types import PushCredentials
+from hypeman.logins import Challenge, parse_challenges
 
 
 @pytest.mark.parametrize(
