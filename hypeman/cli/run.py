@@ -17,7 +17,7 @@ import msgspec
 from hypeman.cli.client import ApiError, Client, Unreachable
 from hypeman.cli.complete import complete_image
 from hypeman.cli.images import PullDisplay, image_path, wait_ready
-from hypeman.cli.instances import HYPERVISOR_HELP, HYPERVISORS, WAKES, path_of, read_egress_rules
+from hypeman.cli.instances import ALL_LINES, HYPERVISOR_HELP, HYPERVISORS, WAKES, path_of, read_egress_rules
 from hypeman.cli.logins import sent_login
 from hypeman.cli.output import plain
 from hypeman.cli.policies import (
@@ -48,7 +48,6 @@ _BOOTING = ("Created", "Initializing")
 _ENDED = ("Stopped", "Standby", "Unknown")
 _POLL_SECONDS = 0.3
 _WATCH_SECONDS = 120.0
-_ALL_LINES = 100_000
 _PRINTING = threading.Lock()
 _MOST_CPUS = 10_000
 _NAME_CHARACTERS = string.ascii_lowercase + string.digits
@@ -267,7 +266,7 @@ class _Output(threading.Thread):
 
     def run(self) -> None:
         with contextlib.suppress(Unreachable, ApiError):
-            for line in self._client.lines(self._path, follow=True, tail=_ALL_LINES, source="app"):
+            for line in self._client.lines(self._path, follow=True, tail=ALL_LINES, source="app"):
                 with _PRINTING:
                     if self._over:
                         return
@@ -275,7 +274,7 @@ class _Output(threading.Thread):
 
     def finish(self, client: Client) -> None:
         """Print what the stream had not delivered yet; nothing is printed afterwards."""
-        lines = list(client.lines(self._path, follow=False, tail=_ALL_LINES, source="app"))
+        lines = list(client.lines(self._path, follow=False, tail=ALL_LINES, source="app"))
         with _PRINTING:
             self._over = True
             for line in lines[self._printed :]:

@@ -30,10 +30,10 @@ _HASH_CHARACTERS = 10
 def copied_volume(stack: str, service: str, source: Path, target: str, *, readonly: bool) -> Volume:
     """The volume for ``source`` at ``target``: an empty one if a directory to write to does not exist yet, as Docker
     makes it. Raises ComposeError if it is no directory, or too large to be copied."""
+    name = f"{stack}-{service}-{_as_name(target)}"
     if not source.exists():
         if readonly:
             raise ComposeError(f"{source} does not exist")
-        name = f"{stack}-{service}-{_as_name(target)}"
         return Volume(name, name, _WRITABLE_GB)
     if not source.is_dir():
         raise ComposeError(f"{source} is neither a directory nor a file: only these are copied into a VM")
@@ -44,8 +44,7 @@ def copied_volume(stack: str, service: str, source: Path, target: str, *, readon
         digest = _digest(source) if readonly else ""
     except OSError as error:
         raise ComposeError(f"{error.filename or source} cannot be read: {error.strerror}") from None
-    name = f"{stack}-{service}-{_as_name(target)}"
-    gigabytes = 1 + 2 * size // (1 << 30)
+    gigabytes = _gigabytes_for(size)
     if readonly:
         return Volume(name, f"{name}-{digest[:_HASH_CHARACTERS]}", gigabytes, str(source), by_content=True)
     return Volume(name, name, max(_WRITABLE_GB, gigabytes), str(source))
@@ -58,14 +57,14 @@ def file_volume(stack: str, service: str, files: Sequence[CopiedFile], *, readon
     for file in files:
         digest.update(f"{file.path}\0{file.mode} {file.uid} {file.gid}\0".encode())
         try:
-            data = Path(file.source).read_bytes() if file.source else file.content.encode()
+            data = _content(file)
         except OSError as error:
             raise ComposeError(f"{file.source} cannot be read: {error.strerror}") from None
         size += len(data)
         if size > MAX_BYTES:
             raise ComposeError("the files have more than 1 GB, too much for a copy: use a named volume")
         digest.update(hashlib.sha256(data).digest())
-    gigabytes = 1 + 2 * size // (1 << 30)
+    gigabytes = _gigabytes_for(size)
     if readonly:
         name = f"{stack}-{service}-files"
         return Volume(
@@ -73,6 +72,16 @@ def file_volume(stack: str, service: str, files: Sequence[CopiedFile], *, readon
         )
     name = f"{stack}-{service}-{_as_name(files[0].path)}"
     return Volume(name, name, gigabytes, files=tuple(files))
+
+
+def _content(file: CopiedFile) -> bytes:
+    """Raises OSError."""
+    return Path(file.source).read_bytes() if file.source else file.content.encode()
+
+
+def _gigabytes_for(size: int) -> int:
+    """Of a volume that is filled with ``size`` bytes."""
+    return 1 + 2 * size // (1 << 30)
 
 
 def _as_name(path: str) -> str:
@@ -124,7 +133,7 @@ def _write_files(files: Sequence[CopiedFile], output: IO[bytes]) -> None:
 
     with tarfile.open(fileobj=output, mode="w:gz", compresslevel=1, format=tarfile.PAX_FORMAT) as tar:
         for file in files:
-            data = Path(file.source).read_bytes() if file.source else file.content.encode()
+            data = _content(file)
             entry = tarfile.TarInfo(file.path)
             entry.size, entry.mode, entry.uid, entry.gid = len(data), file.mode, file.uid, file.gid
             tar.addfile(entry, io.BytesIO(data))

@@ -86,17 +86,17 @@ def _is_reset(value: Any) -> bool:
 
 def _opened(tree: Mapping[str, Any]) -> dict[str, Any]:
     """``tree`` without tags at its keys and its resources; those inside of services stay for ``extends``."""
-    found = {
-        key: value.value if isinstance(value, Tagged) else value for key, value in tree.items() if not _is_reset(value)
-    }
+    found = _untagged(tree)
     for kind in _RESOURCES:
         if isinstance(found.get(kind), dict):
-            found[kind] = {
-                key: value.value if isinstance(value, Tagged) else value
-                for key, value in found[kind].items()
-                if not _is_reset(value)
-            }
+            found[kind] = _untagged(found[kind])
     return found
+
+
+def _untagged(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.value if isinstance(value, Tagged) else value for key, value in tree.items() if not _is_reset(value)
+    }
 
 
 def _target(entry: Any) -> str:
@@ -111,8 +111,13 @@ def by_name(value: Any) -> Any:
     """A list of ``NAME=VALUE`` as a mapping; None for a name alone."""
     if not isinstance(value, list):
         return value
-    pairs = (str(text).partition("=") for text in value)
-    return {name: text if equals else None for name, equals, text in pairs}
+    return dict(map(pair, value))
+
+
+def pair(text: Any) -> tuple[str, str | None]:
+    """Name and value of ``NAME=VALUE``; None for a name alone."""
+    name, equals, value = str(text).partition("=")
+    return name, value if equals else None
 
 
 def _conditions(value: Any) -> Any:

@@ -17,7 +17,7 @@ from msgspec import Struct
 from hypeman.cli.builds import cache_place
 from hypeman.cli.compose.copies import copied_volume, file_volume
 from hypeman.cli.compose.keys import left_out
-from hypeman.cli.compose.merging import by_name
+from hypeman.cli.compose.merging import by_name, pair
 from hypeman.cli.compose.model import ComposeError, CopiedFile, Service, Volume
 from hypeman.cli.compose.watching import Action, Rule
 from hypeman.cli.policies import docker_restart
@@ -75,7 +75,7 @@ class Reader:
     """One service of a file."""
 
     def __init__(self, key: str, value: dict[str, Any], shared: Shared) -> None:
-        self.key = self._key = key
+        self.key = key
         self._value = value
         self._shared = shared
         self._stack = shared.stack
@@ -92,7 +92,7 @@ class Reader:
     def service(self) -> Service:
         self._sort_out("", self._value, _KEYS)
         self._note_pulls()
-        name = stack_member(self._stack, self._key)
+        name = stack_member(self._stack, self.key)
         build = self._build()
         image = self._value.get("image")
         if not image and not build:
@@ -119,13 +119,13 @@ class Reader:
             "hostname": self._hostname(),
             "user": self._text("user"),
             "working_dir": self._value.get("working_dir"),
-            "ports": [port for entry in self._value.get("ports") or [] for port in [self._port(entry)]],
+            "ports": [self._port(entry) for entry in self._value.get("ports") or []],
             "restart_policy": self._restart(),
             "health_check": self._health(),
             **self._limits(),
         }
         return Service(
-            key=self._key,
+            key=self.key,
             name=name,
             body={field: value for field, value in body.items() if value not in (None, {}, [], "")},
             mounts=(*mounts, *self._file_mounts()),
@@ -142,11 +142,11 @@ class Reader:
         if not isinstance(value, Mapping):
             raise self._error(below, "must have keys")
         place = f"services.{below}" if below else "services"
-        where = f"services.{self._key}" + (f".{below}" if below else "")
+        where = f"services.{self.key}" + (f".{below}" if below else "")
         self.warnings += left_out(place, where, value, done)
 
     def _warn(self, field: str, message: str) -> None:
-        self.warnings.append(f"services.{self._key}.{field}{message}")
+        self.warnings.append(f"services.{self.key}.{field}{message}")
 
     def _note_pulls(self) -> None:
         """What of ``pull_policy`` is not done."""
@@ -158,7 +158,7 @@ class Reader:
             )
 
     def _hostname(self) -> str:
-        name = str(self._value.get("hostname") or self._key.replace("_", "-"))
+        name = str(self._value.get("hostname") or self.key.replace("_", "-"))
         domain = self._value.get("domainname")
         return f"{name}.{domain}" if domain else name
 
@@ -168,7 +168,7 @@ class Reader:
         if isinstance(given, dict):
             for fields in given.values():
                 aliases = set((fields or {}).get("aliases") or ())
-                known = {"aliases"} if aliases <= {self._key, stack_member(self._stack, self._key)} else set()
+                known = {"aliases"} if aliases <= {self.key, stack_member(self._stack, self.key)} else set()
                 self._sort_out("networks", fields or {}, frozenset(known))
         if self._value.get("network_mode") and self._value.get("networks"):
             raise self._error("network_mode", "and networks exclude each other")
@@ -297,7 +297,7 @@ class Reader:
         return found
 
     def _error(self, field: str, message: str) -> ComposeError:
-        return ComposeError(f"services.{self._key}.{field} {message}")
+        return ComposeError(f"services.{self.key}.{field} {message}")
 
     def _text(self, field: str) -> str | None:
         value = self._value.get(field)
@@ -319,7 +319,7 @@ class Reader:
         given = self._value.get("environment") or {}
         if not isinstance(given, dict | list):
             raise self._error("environment", "must be a mapping, or a list of NAME=VALUE")
-        pairs = given.items() if isinstance(given, dict) else (_pair(text) for text in given)
+        pairs = given.items() if isinstance(given, dict) else (pair(text) for text in given)
         for key, value in pairs:
             if isinstance(value, dict | list):
                 raise self._error("environment", f"{key} must be a text, a number or a boolean")
@@ -386,7 +386,7 @@ class Reader:
         try:
             if path.is_file():
                 return self._copied_file(path, target, readonly=readonly)
-            volume = copied_volume(self._stack, self._key, path, target, readonly=readonly)
+            volume = copied_volume(self._stack, self.key, path, target, readonly=readonly)
         except ComposeError as error:
             raise self._error("volumes", str(error)) from None
         self.copies.append(volume)
@@ -403,7 +403,7 @@ class Reader:
         if readonly:
             self._files.append(file)
             return None
-        volume = file_volume(self._stack, self._key, (file,), readonly=False)
+        volume = file_volume(self._stack, self.key, (file,), readonly=False)
         self.copies.append(volume)
         return {"volume_id": volume.name, "mount_path": "/", "files": True}
 
@@ -453,7 +453,7 @@ class Reader:
         if twice := {place for place in places if places.count(place) > 1}:
             raise self._error("configs", f"there are two files for /{min(twice)}")
         try:
-            volume = file_volume(self._stack, self._key, tuple(self._files), readonly=True)
+            volume = file_volume(self._stack, self.key, tuple(self._files), readonly=True)
         except ComposeError as error:
             raise self._error("configs", str(error)) from None
         self.copies.append(volume)
@@ -486,7 +486,7 @@ class Reader:
             raise self._error("develop.watch", f"{action}: exec.command is missing")
         self._sort_out("develop.watch.exec", command, frozenset(["command"]))
         return Rule(
-            self._key,
+            self.key,
             action,
             (self._directory / os.path.expanduser(str(given["path"]))).resolve(),
             str(given.get("target") or ""),
@@ -629,11 +629,6 @@ def _words(value: Any) -> list[str] | None:
 def _texts(value: Any) -> tuple[str, ...]:
     """A list, or one text that stands for it."""
     return (value,) if isinstance(value, str) else tuple(map(str, value or ()))
-
-
-def _pair(text: str) -> tuple[str, str | None]:
-    key, equals, value = str(text).partition("=")
-    return key, value if equals else None
 
 
 def _scalar(value: Any) -> str:
