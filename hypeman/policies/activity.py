@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from ipaddress import IPv4Address
@@ -211,37 +211,35 @@ class Activity:
             await self._wanted.wait()
 
     async def _list_one(self, watched: _Watched) -> None:
-        self._unlisted.discard(watched.address)
-        watched.news = []
-        try:
-            found = [
+        async def both_ends() -> list[Connection]:
+            return [
                 *await self._connections.list(watched.address),
                 *await self._connections.list(client=watched.address),
             ]
-        except BaseException:
-            watched.news = None
-            raise
-        if watched.list({key for each in found if each.open and (key := self._key(watched, each)) is not None}):
-            self.touch(watched.instance_id)
+
+        await self._list([watched], both_ends)
 
     async def _relist_all(self) -> None:
         async with self._listing:
-            self._unlisted.clear()
-            everybody = list(self._by_address.values())
-            for watched in everybody:
-                watched.news = []
-            opened: dict[str, set[_Key]] = {}
-            try:
-                for each in await self._connections.list():
-                    for watched, key in self._ends(each) if each.open else ():
-                        opened.setdefault(watched.address, set()).add(key)
-            except BaseException:
-                for watched in everybody:
-                    watched.news = None
-                raise
-            for watched in everybody:
-                if watched.list(opened.get(watched.address, set())):
-                    self.touch(watched.instance_id)
+            await self._list(list(self._by_address.values()), self._connections.list)
+
+    async def _list(self, those: Sequence[_Watched], read: Callable[[], Awaitable[Sequence[Connection]]]) -> None:
+        """Have ``those`` open what ``read`` finds, with the events that arrive meanwhile applied to it."""
+        for watched in those:
+            self._unlisted.discard(watched.address)
+            watched.news = []
+        opened: dict[str, set[_Key]] = {}
+        try:
+            for each in await read():
+                for watched, key in self._ends(each) if each.open else ():
+                    opened.setdefault(watched.address, set()).add(key)
+        except BaseException:
+            for watched in those:
+                watched.news = None
+            raise
+        for watched in those:
+            if watched.list(opened.get(watched.address, set())):
+                self.touch(watched.instance_id)
 
     def _set_observed(self, observed: bool) -> None:
         if self.observed is not observed:
