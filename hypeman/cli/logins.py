@@ -8,7 +8,6 @@ Helpers: ``docker-credential-NAME get|store|erase``, the server's URL or JSON on
 from __future__ import annotations
 
 import base64
-import binascii
 import http.client
 import os
 import sys
@@ -58,7 +57,7 @@ def login_for(reference: str) -> dict[str, str] | None:
     entry = next((entry for key, entry in _entries(config) if registry_of_key(key) == registry), None)
     try:
         text = base64.b64decode((entry or {}).get("auth") or "", validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError, TypeError, ValueError):
+    except (TypeError, ValueError):
         raise LoginError(f"{_path()}: the login of {registry} is not base64") from None
     username, colon, password = text.partition(":")
     return {"username": username, "password": password} if colon else None
@@ -70,10 +69,10 @@ def sent_login(reference: str) -> dict[str, str] | None:
     try:
         return login_for(reference)
     except InvalidRequest:
-        return None
+        pass
     except LoginError as error:
         warn(f"without a login for {reference}: {error}")
-        return None
+    return None
 
 
 @click.command()

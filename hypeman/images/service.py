@@ -769,7 +769,7 @@ def _fail(txn: Txn, row: ImageRow, error: str, transient: bool = False) -> None:
 
 
 def _repoint(txn: Txn, row: ImageRow, outcome: str) -> None:
-    """Names waiting for the image ``row`` now refer to it if it is ready, or keep their previous image; they go on
+    """Names waiting for the image ``row`` now refer to it if it is ready, or keep their previous image; they keep
     waiting for one that is made again."""
     for name, naming in list(txn.scan(NAMES)):
         if row.digest not in (naming.digest, naming.wanted):

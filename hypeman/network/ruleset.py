@@ -48,7 +48,7 @@ the receiver's TAP (``share_group``). Only packets between guests are marked, an
 and drops the rest, including IPv6: nft adds implicit conditions to a rule (Ethernet type, ARP format), so a
 rule that drops *unverified* packets would let those pass that do not meet them.
 
-The text is one that nft 0.9.8 (Debian 11) takes as well. That version wants ``icmpx type`` and ``addr . port to``; the
+The text is also accepted by nft 0.9.8 (Debian 11). That version requires ``icmpx type`` and ``addr . port to``; the
 protocol of a translation in the same rule; and in a map of concatenations no more parts in the key than in the value.
 """
 

@@ -45,7 +45,7 @@ class _Watched:
         self.rules = rules
         self.open: set[_Key] = set()
         self.news: list[tuple[_Key, bool]] | None = None
-        """What events told while connections are listed: opened or closed."""
+        """Events that arrived while connections are listed: opened or closed."""
 
     def hear(self, key: _Key, is_open: bool) -> bool:
         """Follow an event; returns whether it changes anything."""
@@ -60,7 +60,7 @@ class _Watched:
         return True
 
     def list(self, found: set[_Key]) -> bool:
-        """Have ``found`` open, apart from what events told meanwhile; returns whether that changes anything."""
+        """Have ``found`` open, apart from what events changed meanwhile; returns whether that changes anything."""
         before, self.open = self.open, found
         news, self.news = self.news or (), None
         for key, is_open in news:

@@ -1,4 +1,4 @@
-"""Kill matrix: the server at every step of a change of an instance's policy, while the engine goes on or ends with it.
+"""Kill matrix: the server at every step of a policy change, while the engine keeps running or ends with it.
 
 Steps are commits, writes of files, and messages to the engine, of which half may be sent; among them those of a start
 that finds guests running. A guest asks all the time: no value older than one that was confirmed is sent, and nothing

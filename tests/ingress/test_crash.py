@@ -1,4 +1,4 @@
-"""Kill matrix: the server at every step of a change of ingresses, while the engine goes on or ends with it.
+"""Kill matrix: the server at every step of a change of ingresses, while the engine keeps running or ends with it.
 
 Steps are commits, writes of files, sockets, ports of guests that the engine is let at, and messages to the engine, of
 which half may be sent. After each: what was confirmed is in force at once and after the next start, what was deleted

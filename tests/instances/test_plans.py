@@ -65,7 +65,7 @@ def render() -> str:
 
 
 def test_golden_copy() -> None:
-    """Look at the difference, then write the file anew: ``python -m tests.instances.test_plans``."""
+    """Look at the difference, then write the file again: ``python -m tests.instances.test_plans``."""
     assert render() == GOLDEN.read_text()
 
 

@@ -44,7 +44,8 @@ async def test_many_readers_cost_one_reading_a_second(autojump_clock: trio.testi
 
 
 async def test_a_vmm_began_when_its_process_did(autojump_clock: trio.testing.MockClock) -> None:
-    """The same time at each look, and in each server: whoever computes rates takes another one for a new counter."""
+    """The same time at each look, and in each server: for a program that computes rates, another one is a new
+    counter."""
     spec = SimpleNamespace(memory_bytes=2**30, hotplug_bytes=0, vcpus=2)
     with subprocess.Popen(["sleep", "60"]) as process:
         began = datetime.now(UTC)

@@ -112,7 +112,7 @@ async def test_a_log_is_rotated_also_if_its_times_cannot_be(lab: Lab, monkeypatc
 
 
 async def test_a_log_is_rotated_also_if_the_vmm_cannot_be_told(lab: Lab) -> None:
-    """It goes on writing to the same file, which is emptied."""
+    """It keeps writing to the same file, which is emptied."""
     async with lab.running() as instances:
         await running(lab, instances)
         record = instances.board.find("one")

@@ -76,7 +76,7 @@ def render() -> str:
 
 
 def test_golden_copy() -> None:
-    """Look at the difference, then write the file anew: ``python -m tests.kube.test_pod_fields``."""
+    """Look at the difference, then write the file again: ``python -m tests.kube.test_pod_fields``."""
     assert render() == GOLDEN.read_text()
 
 

@@ -90,7 +90,7 @@ async def test_memory(tmp_path: Path, group: Path) -> None:
 
 
 async def test_processors(tmp_path: Path, group: Path) -> None:
-    """One and a half for a VM of one, so that it wants a host with two."""
+    """One and a half for a VM of one, so that it requires a host with two."""
     assert (os.cpu_count() or 1) > 1
     await run(tmp_path, group, SPIN, 20)
     assert field(group / "cpu.stat", "nr_throttled") > 0

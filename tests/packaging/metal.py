@@ -288,7 +288,7 @@ def test_a_power_cut_ends_vms_and_loses_nothing_else(appliance: OnMetal) -> None
 
 
 def test_a_device_that_is_unplugged_is_reported(appliance: OnMetal) -> None:
-    """From a running instance: the guest lets go of it, and goes on. Its next start says what is missing."""
+    """From a running instance: the guest releases it, and keeps running. Its next start says what is missing."""
     vmms = appliance.vmms()
     appliance.host.qmp("device_del", id="nvme")
     appliance.wait_for_device("disk", missing=True)

@@ -44,7 +44,7 @@ def test_a_host_that_stands_still_is_not_waited_for(
 
 
 def test_a_host_that_goes_off_says_how(tmp_path: Path) -> None:
-    """Somebody who ends its QEMU, and a host that shut down, are told apart."""
+    """A QEMU that was killed and a host that shut down are distinguished."""
     (tmp_path / "qemu.log").write_text("")
     host = MetalHost([], tmp_path)
     host._agent, agent = socket.socketpair()

@@ -121,7 +121,7 @@ async def die(guest: FakeGuest, **identity: object) -> None:
 async def test_a_failure_is_forgotten_once_it_runs_again(
     lab: ClockedLab, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its VMM dies as it is woken; the restart policy brings it back within a second, and it is put in standby anew:
+    """Its VMM dies as it is woken; the restart policy brings it back within a second, and it is put in standby again:
     packets wake it from that, however short the time since."""
     async with keeping(lab) as kept:
         again = RestartPolicy(policy=RestartMode.ALWAYS, backoff="1s")

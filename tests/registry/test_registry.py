@@ -299,7 +299,7 @@ async def test_a_pushed_image_that_cannot_be_made_at_the_start_is_left_to_the_ne
 async def test_a_tag_whose_image_was_not_begun_gets_it_later(
     served: Served, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """The client is told if it is a failure, and the server tries again by itself."""
+    """The client gets an error if it is a failure, and the server tries again by itself."""
     monkeypatch.setattr(service, "_RETRY_SECONDS", 0.01)
     images, failures = served.images, 2
     adopt = images.adopt
@@ -331,7 +331,7 @@ async def test_a_tag_whose_image_was_not_begun_gets_it_later(
 async def test_an_image_that_failed_for_lack_of_disk_is_made_again(
     served: Served, nursery: trio.Nursery, paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one whose name leads to an older image meanwhile; and at once if somebody wants to start it."""
+    """Also one whose name leads to an older image meanwhile; and at once if it is needed for a start."""
     need_root()
     images = served.images
     first = (ImageFiles([tar(entry(name, data=b"x"))]) for name in ("first", "second"))

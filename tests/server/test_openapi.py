@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parent / "golden" / "openapi.json"
 
 
 def test_golden_copy() -> None:
-    """Look at the difference, then write the file anew: ``python -m tests.server.test_openapi``."""
+    """Look at the difference, then write the file again: ``python -m tests.server.test_openapi``."""
     assert render() == GOLDEN.read_text()
 
 

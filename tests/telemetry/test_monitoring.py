@@ -82,7 +82,7 @@ def test_a_query_finds_what_it_asks_for(known: dict[str, set[str]], query: str) 
 
 
 def test_the_dashboard_is_one_that_grafana_draws_as_it_is() -> None:
-    """Its schema is of a Grafana that knows rows as panels; every query names its source and is told from the others;
+    """Its schema is of a Grafana that knows rows as panels; every query names its source and has a letter of its own;
     panels have places of their own."""
     board = json.loads((FOLDER / "grafana-dashboard.json").read_text())
     assert 36 <= board["schemaVersion"] <= 41, "uids of data sources (9.1) and panels (not yet the elements of 12)"

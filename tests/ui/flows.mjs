@@ -367,7 +367,7 @@ test("a session that ends says so", async () => {
   await page.done();
 });
 
-test("a server that goes away is told, and what could not be read is read when it is back", async () => {
+test("a server that goes away is shown, and what could not be read is read when it is back", async () => {
   const page = await open(browser, "/volumes");
   page.expected.push(/ERR_|Failed to load/);
   await page.getByRole("heading", { name: "Volumes" }).waitFor();

@@ -63,9 +63,9 @@ class Logs:
     async def rotate(self, instance_id: str, limit: int) -> None:
         """Rotate logs larger than ``limit`` bytes; one old log is kept of each.
 
-        The VMM reopens the console log; an old one that grows is of a VMM that was not told to, as by a server that
-        was killed meanwhile. It holds its own log open for appending, so that one is copied and truncated: a line in
-        flight may be lost, which is harmless for that log.
+        The VMM reopens the console log; an old one that grows is of a VMM that did not get the command, as when the
+        server was killed in between. It holds its own log open for appending, so that one is copied and truncated: a
+        line in flight may be lost, which is harmless for that log.
         """
         mine = self._context.paths.instance(instance_id)
         live = self._context.live.get(instance_id)
@@ -90,11 +90,11 @@ class Logs:
 
 
 async def _reopen(vmm: Vmm, app: Path) -> None:
-    """Have the VMM write to a new log; if it cannot be told, empty the one to which it writes."""
+    """Have the VMM write to a new log; if that fails, empty the one to which it writes."""
     try:
         await vmm.rotate_console()
     except HypemanError as error:
-        log.warning("%s goes on writing to the same log: %s", app, error)
+        log.warning("%s: the VMM keeps writing to the same log: %s", app, error)
         await trio.to_thread.run_sync(rotate_log, app)
 
 
