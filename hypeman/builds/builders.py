@@ -28,6 +28,7 @@ from hypeman.builds.records import (
 from hypeman.builds.types import Builder, BuilderStatus, BuildStatus, CreateBuilderRequest
 from hypeman.builds.work import Worker
 from hypeman.errors import AlreadyExists, Conflict, HypemanError, InsufficientResources, InvalidRequest
+from hypeman.host.periodic import repeat
 from hypeman.ids import check_tags, new_id, tags_match
 from hypeman.store.store import Store
 from hypeman.store.tables import Txn
@@ -73,9 +74,7 @@ class Builders:
                     self._start(self._prune, builder)
                 elif builder.status is BuilderStatus.DELETING:
                     self._start(self._remove, builder)
-            while True:
-                await self.reap()
-                await trio.sleep(_REAP_SECONDS)
+            await repeat(self.reap, interval=_REAP_SECONDS, what="removal of idle builders")
 
     async def list(self, *, tags: Mapping[str, str]) -> Sequence[Builder]:
         """Oldest first."""

@@ -17,6 +17,7 @@ import trio
 
 from hypeman.events import log
 from hypeman.events.types import Event, EventFilter
+from hypeman.host.periodic import repeat
 from hypeman.store import Store
 
 BATCH = 256
@@ -49,7 +50,7 @@ class Events:
         """Wake readers after each commit with events, and drop old events, until cancelled."""
         await self._store.write(lambda txn: log.limit_count(txn, self._max_count))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._trim)
+            nursery.start_soon(partial(repeat, self._trim, interval=TRIM_INTERVAL, what="dropping of old events"))
             task_status.started()
             while True:
                 committed = self._store.committed
@@ -106,9 +107,7 @@ class Events:
         return self._store.read(lambda txn: log.read_after(txn, cursor, BATCH))
 
     async def _trim(self) -> None:
-        while True:
-            await self._store.write(partial(log.drop_older, time=self._now() - self._max_age))
-            await trio.sleep(TRIM_INTERVAL)
+        await self._store.write(partial(log.drop_older, time=self._now() - self._max_age))
 
 
 class Follower:

@@ -22,7 +22,8 @@ import msgspec
 import trio
 from msgspec import UNSET
 
-from hypeman.errors import HypemanError, InvalidRequest
+from hypeman.errors import InvalidRequest
+from hypeman.host.periodic import repeat
 from hypeman.instances.model.record import InstanceRecord
 from hypeman.metering import rows
 from hypeman.metering.chain import Block, Entry, Usage, find_fault, hash_entries, hash_of, merge_entries
@@ -88,12 +89,8 @@ class Metering:
         self._open = dict(self._store.read(lambda txn: list(txn.scan(OPEN))))
         self._sampled = self._store.read(rows.head).sampled
         task_status.started()
-        while True:
-            try:
-                await self.sample()
-            except HypemanError as error:  # a full disk: the next sample has it all
-                _log.error("usage could not be recorded: %s", error.message)
-            await trio.sleep(self._interval)
+        # after a failure the next sample has it all
+        await repeat(self.sample, interval=self._interval, what="recording of usage")
 
     async def sample(self) -> None:
         """Bring the current period up to date, and close it if its hour is over."""

@@ -24,6 +24,7 @@ import trio
 
 from hypeman.actor import current_actor
 from hypeman.errors import Conflict, HypemanError, InUse, InvalidRequest, NotFound
+from hypeman.host.periodic import repeat
 from hypeman.images.blobs import Blobs, write_all
 from hypeman.images.manifest import (
     CONFIG_TYPES,
@@ -149,18 +150,15 @@ class Registry:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._resume_often)
-                while True:
-                    await self.collect()
-                    await trio.sleep(_COLLECT_SECONDS)
+                await repeat(self.collect, interval=_COLLECT_SECONDS, what="collection of the registry's garbage")
         finally:
             for upload in self._uploads.values():
                 upload.end()
             self._uploads.clear()
 
     async def _resume_often(self) -> None:
-        while True:
-            await trio.sleep(_RETRY_SECONDS)
-            await self._resume()
+        await trio.sleep(_RETRY_SECONDS)
+        await repeat(self._resume, interval=_RETRY_SECONDS, what="making images of pushed tags")
 
     async def _resume(self) -> None:
         """Make the images of tags that are only stored: an earlier server was killed before it made them, or this one

@@ -16,6 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from hypeman import events
 from hypeman.actor import Actor, acting
+from hypeman.errors import StoreError
 from hypeman.events import log, service
 from hypeman.events.service import Events
 from hypeman.events.types import CursorGone, Event, EventFilter, EventObject, Kind
@@ -151,6 +152,21 @@ async def test_the_oldest_are_dropped_by_age(store: Store, autojump_clock: trio.
             await trio.sleep(service.TRIM_INTERVAL)
         nursery.cancel_scope.cancel()
     assert log_service.last == 3
+
+
+async def test_dropping_on_a_full_disk_ends_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log_service = Events(store, max_count=100, max_age=timedelta(days=1))
+
+    def refuse(txn: object, time: datetime) -> None:
+        raise StoreError("the store could not be written: No space left on device")
+
+    monkeypatch.setattr(log, "drop_older", refuse)
+    with trio.move_on_after(0.5) as scope:
+        await log_service.run()
+    assert scope.cancelled_caught
+    assert "No space left on device" in caplog.text
 
 
 async def test_a_cursor_that_the_log_does_not_reach_is_refused(store: Store) -> None:

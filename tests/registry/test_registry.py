@@ -398,6 +398,20 @@ async def test_a_store_that_takes_no_changes_ends_nothing(
     assert images.statistics()["failed"] == 2
 
 
+async def test_collecting_on_a_full_disk_ends_nothing(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(change: object) -> None:
+        raise StoreError("the store could not be written: No space left on device")
+
+    monkeypatch.setattr(served.store, "write", refuse)
+    again = Registry(store=served.store, blobs=served.images.blobs, images=served.images, max_blob_bytes=1 << 20)
+    with trio.move_on_after(0.5) as scope:
+        await again.run()
+    assert scope.cancelled_caught
+    assert "No space left on device" in caplog.text
+
+
 async def test_an_outcome_is_recorded_when_the_store_takes_changes_again(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
