@@ -18,8 +18,8 @@
 #include "util.h"
 #include "workload.h"
 
-#define READS_A_ROUND 32
-/* While frozen we are being saved: where we come back the port's edge for the new host may be lost. */
+#define READS_PER_ROUND 32
+/* A frozen guest is being captured; after its restore the port's edge for the new host may be lost, so it is polled. */
 #define FROZEN_CHECK_MS 5
 
 static struct channel channel;
@@ -60,7 +60,7 @@ static void take_frames(const struct boot_config *config)
             return;
         case FRAME_GREETED:
             sessions_lost();
-            events_tell_again();
+            events_resend();
             channel_greet(&channel);
             break;
         case FRAME_LOST:
@@ -76,11 +76,11 @@ static void take_frames(const struct boot_config *config)
     }
 }
 
-/* A virtio-serial port hands out 4 KB at a time, so several reads make one round. What the host asks may want
- * room for answers: without any, it waits. */
+/* A virtio-serial port returns 4 KB at a time, so a round reads several times. Requests may need room for answers:
+ * without any, they wait. */
 static void take_input(const struct boot_config *config)
 {
-    for (int i = 0; i < READS_A_ROUND && (!channel.greeted || channel_room(&channel, 4 * MAX_PAYLOAD)); i++) {
+    for (int i = 0; i < READS_PER_ROUND && (!channel.greeted || channel_room(&channel, 4 * MAX_PAYLOAD)); i++) {
         bool was_greeted = channel.greeted;
         if (channel_read(&channel))
             take_frames(config);

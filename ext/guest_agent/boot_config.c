@@ -9,12 +9,12 @@ const char *parse_boot_header(const uint8_t *header, uint32_t *length, uint32_t 
     if (memcmp(header, BOOT_MAGIC, MAGIC_BYTES) != 0)
         return "no boot disk";
     if (get_u32(header + 8) != PROTOCOL_VERSION)
-        return "boot disk of another version";
+        return "boot disk has an unsupported version";
     *length = get_u32(header + 12);
     *crc = get_u32(header + 16);
     *outcome_offset = get_u32(header + 20);
     if (*length > BOOT_MAX_FIELDS || *outcome_offset % 512 != 0 || *outcome_offset < BOOT_HEADER_BYTES + *length)
-        return "boot disk with impossible sizes";
+        return "boot disk has invalid sizes";
     return NULL;
 }
 
@@ -51,7 +51,7 @@ bool parse_volume(struct volume *volume, const uint8_t *data, size_t length)
     return !reader.malformed && volume->disk_id && volume->path && volume->path[0] == '/';
 }
 
-bool take_network_field(struct network *network, const struct field *field)
+bool parse_network_field(struct network *network, const struct field *field)
 {
     switch (field->tag) {
     case TAG_MAC:
@@ -95,7 +95,7 @@ static bool parse_ulimit(struct ulimit *limit, const struct field *field)
 }
 
 /* Arguments first, then variables; the writer keeps that order. */
-static bool take_string(struct boot_config *config, const struct field *field, size_t *count, size_t *env_begin)
+static bool add_string(struct boot_config *config, const struct field *field, size_t *count, size_t *env_begin)
 {
     const char *text;
     if (*count >= MAX_STRINGS || !field_text(field, &text))
@@ -136,7 +136,7 @@ const char *parse_boot_fields(struct boot_config *config, const uint8_t *data, s
             break;
         case TAG_ARG:
         case TAG_ENV:
-            good = take_string(config, &field, &strings, &env_begin);
+            good = add_string(config, &field, &strings, &env_begin);
             break;
         case TAG_CWD:
             good = field_text(&field, &config->cwd);
@@ -198,13 +198,13 @@ const char *parse_boot_fields(struct boot_config *config, const uint8_t *data, s
             good = config->ulimit_count < MAX_ULIMITS && parse_ulimit(&config->ulimits[config->ulimit_count++], &field);
             break;
         default:
-            good = take_network_field(&config->network, &field);
+            good = parse_network_field(&config->network, &field);
         }
         if (!good)
-            return "boot disk with a malformed field";
+            return "boot disk has a malformed field";
     }
     if (reader.malformed || !config->instance_id || !config->root_fs || !have_nonce)
-        return "boot disk with missing or cut fields";
+        return "boot disk has missing or truncated fields";
     config->strings[strings] = NULL;
     config->strings[strings + 1] = NULL;
     config->argv = config->strings;

@@ -1,4 +1,4 @@
-/* What this boot is about, as the host wrote it onto the boot disk. Twin of hypeman/guest/boot.py. */
+/* The configuration of this boot, as the host wrote it to the boot disk. Twin of hypeman/guest/boot.py. */
 #ifndef HM_BOOT_CONFIG_H
 #define HM_BOOT_CONFIG_H
 
@@ -23,7 +23,7 @@ struct volume {
     const char *disk_id, *path, *fs_type;
     const char *overlay_disk_id; /* NULL without a private write layer */
     bool readonly;
-    bool files; /* each of its files is mounted on its own, over the one of its path below `path` */
+    bool files; /* each of its files is mounted by itself, over the file at the same path below `path` */
 };
 
 struct network {
@@ -77,15 +77,15 @@ struct boot_config {
     size_t ulimit_count;
 };
 
-/* Reads the fields of a boot disk; texts point into `data`. NULL if all is well, else what is wrong. */
+/* Reads the fields of a boot disk; texts point into `data`. NULL, or an error message. */
 const char *parse_boot_fields(struct boot_config *config, const uint8_t *data, size_t length);
 
-/* Checks a boot disk's header. NULL if all is well; *length and *crc are of the fields behind it. */
+/* Checks a boot disk's header. NULL, or an error message; *length and *crc are of the fields after it. */
 const char *parse_boot_header(const uint8_t *header, uint32_t *length, uint32_t *crc, uint32_t *outcome_offset);
 
 /* One volume or network from its nested fields; also used by requests. */
 bool parse_volume(struct volume *volume, const uint8_t *data, size_t length);
-/* Takes a field that belongs to a network; false if it is not one, or is malformed. */
-bool take_network_field(struct network *network, const struct field *field);
+/* Stores a field that belongs to a network; false if it does not, or is malformed. */
+bool parse_network_field(struct network *network, const struct field *field);
 
 #endif

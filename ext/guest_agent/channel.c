@@ -14,10 +14,10 @@
 #include "util.h"
 
 #define RETRY_MS 100
-/* A port's edge tells of host and data; this guards against one that is lost, as after the VM was captured. */
+/* The port's edges report host and data; this check is for one that is lost, as after a restore. */
 #define PORT_CHECK_MS 1000
-/* A connecting host is reported on another queue than its bytes, and may be seen later: until then the port
- * reads as closed. So only what stays closed is. */
+/* That a host connects is reported on another queue than its bytes, and may arrive later: until then the port reads as
+ * closed. So it counts as closed only after this time. */
 #define PORT_CLOSED_MS 50
 
 static void attach(struct channel *channel, int fd)
@@ -51,7 +51,7 @@ void channel_open(struct channel *channel, int fd)
         channel->kind = CHANNEL_VSOCK;
 }
 
-/* Connecting to the host takes no time worth speaking of, but a missing host may: so it does not block. */
+/* Non-blocking: connecting takes long if there is no host. */
 static void connect_vsock(struct channel *channel)
 {
     struct sockaddr_vm host = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = AGENT_VSOCK_PORT};
@@ -132,7 +132,7 @@ bool channel_read(struct channel *channel)
     if (n == 0 && !stays_closed(channel))
         return false;
     channel->closed_at = 0;
-    /* A vsock that is still connecting is not connected; one that failed stays so. */
+    /* ENOTCONN: a vsock that is still connecting, unless it has failed. */
     if (n == 0 || (errno != EAGAIN && (errno != ENOTCONN || channel->broken)))
         disconnected(channel);
     return false;

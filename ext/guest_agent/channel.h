@@ -1,8 +1,8 @@
-/* The one byte stream to the host, and the frames that wait to be written to it.
+/* The one byte stream to the host, and the frames that are queued for it.
  *
  *   PORT   a virtio-serial port: always open; reads 0 while no host listens
- *   VSOCK  a connection to the host that we make, and make again when it ends
- *   TEST   a given socket whose end is the end of the program
+ *   VSOCK  a connection that we make to the host, and make again when it ends
+ *   TEST   a given socket; the program ends when it is closed
  *
  * Output is one fixed ring of whole frames: a sender asks for room first and keeps its state
  * until there is some, so nothing is ever dropped or allocated.
@@ -24,9 +24,9 @@ struct channel {
     int fd;   /* -1: not connected */
     int edge; /* epoll of fd, edge-triggered: a port without a host is always "hung up", which must not spin us */
     bool readable, writable;
-    bool broken;  /* VSOCK: poll told of an error or a hang-up */
+    bool broken;  /* VSOCK: poll reported an error or a hang-up */
     bool greeted; /* frames may be sent */
-    bool ended;   /* TEST: the other side has gone */
+    bool ended;   /* TEST: the other side has closed */
     bool no_agent;
     int64_t retry_at;
     int64_t closed_at; /* PORT: since when it reads as closed though the host had greeted; 0: it does not */
@@ -36,21 +36,22 @@ struct channel {
     size_t out_begin, out_end;
 };
 
-/* Finds the port, else readies vsock; `fd` >= 0 is the TEST kind. */
+/* Finds the port, else prepares vsock; `fd` >= 0 is the TEST kind. */
 void channel_open(struct channel *channel, int fd);
-/* Milliseconds until the channel wants to be stepped again by itself; -1 never. */
+/* Milliseconds until channel_step is due without an event; -1: never. */
 int channel_timeout(const struct channel *channel);
-/* Notes what poll said about `edge`, and (re)connects. */
+/* Records what poll reported for `edge`, and (re)connects. */
 void channel_step(struct channel *channel);
-/* Reads once if there is something. False if there was nothing. */
+/* Reads once; false if there was nothing to read. */
 bool channel_read(struct channel *channel);
 /* The host has greeted: drops old output, answers. */
 void channel_greet(struct channel *channel);
 void channel_flush(struct channel *channel);
 
-/* Where a frame with up to `length` payload bytes may be built (payload at + HEADER_BYTES), or NULL for now. */
+/* Where a frame with up to `length` payload bytes may be built (payload at + HEADER_BYTES); NULL: no room at present.
+ * */
 uint8_t *channel_room(struct channel *channel, size_t length);
-/* Sends the frame that stands where channel_room said. */
+/* Queues the frame that was built where channel_room returned. */
 void channel_send(struct channel *channel, uint8_t type, uint8_t flags, uint32_t session, size_t length);
 static inline bool channel_drained(const struct channel *channel)
 {

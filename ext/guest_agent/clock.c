@@ -10,18 +10,18 @@
 #include "util.h"
 
 #define SECOND 1000000000
-/* Less is made up for gradually (0.5 ms a second), so that time neither jumps nor goes backwards. */
+/* Smaller differences are corrected gradually (0.5 ms per second), so that time neither jumps nor goes backwards. */
 #define STEP_FROM_NS 10000000
 
-static bool ours, told;
+static bool may_set, was_set;
 
 void clock_begin(void)
 {
-    ours = true;
+    may_set = true;
 }
-bool clock_is_told(void)
+bool clock_was_set(void)
 {
-    return told;
+    return was_set;
 }
 
 static uint64_t read_clock(void)
@@ -34,7 +34,7 @@ static uint64_t read_clock(void)
 int set_clock(uint64_t ns)
 {
     struct timespec now = {(time_t)(ns / SECOND), (long)(ns % SECOND)};
-    return ns && ours ? clock_settime(CLOCK_REALTIME, &now) : 0;
+    return ns && may_set ? clock_settime(CLOCK_REALTIME, &now) : 0;
 }
 
 void clock_at_least(uint64_t ns)
@@ -51,7 +51,7 @@ static int slew(int64_t delta)
 
 static int step(int64_t delta)
 {
-    /* In microseconds: the kernel would remember nanoseconds as the unit of adjtimex(2), for everyone. */
+    /* In microseconds: the kernel would keep nanoseconds as the unit of adjtimex(2) for all callers. */
     struct timex change = {.modes = ADJ_SETOFFSET};
     int64_t us = delta / 1000;
     change.time.tv_sec = (time_t)(us / 1000000);
@@ -75,9 +75,9 @@ static bool keeps_own_time(void)
 static int move_clock(int64_t delta)
 {
     bool small = delta > -STEP_FROM_NS && delta < STEP_FROM_NS;
-    if (delta == 0 || !ours)
+    if (delta == 0 || !may_set)
         return 0;
-    if (!small || !told)
+    if (!small || !was_set)
         return step(delta);
     return keeps_own_time() ? 0 : slew(delta);
 }
@@ -87,19 +87,19 @@ void answer_clock(struct channel *channel, struct session *session, struct field
     struct field field;
     uint64_t value;
     int result = 0;
-    bool tells = false;
+    bool sets = false;
     while (result == 0 && next_field(request, &field)) {
         bool good = (field.tag == TAG_CLOCK_NS || field.tag == TAG_CLOCK_DELTA_NS) && field_u64(&field, &value);
         request->malformed |= !good;
         if (good)
             result = field.tag == TAG_CLOCK_NS ? set_clock(value) : move_clock((int64_t)value);
-        tells = true;
+        sets = true;
     }
     if (request->malformed || result < 0) {
         session_refuse(session, request->malformed ? EINVAL : errno, "the clock cannot be set");
         return;
     }
-    told |= tells;
+    was_set |= sets;
     uint8_t *at = channel_room(channel, 64);
     if (at) {
         struct field_writer reply = {at + HEADER_BYTES, 64, 0, false};

@@ -43,7 +43,7 @@ static int send_header(const struct stat *st, const char *link)
     return write_all(1, buffer, 4 + writer.length) ? 0 : EPIPE;
 }
 
-/* Exactly st_size bytes: a file that shrinks meanwhile is an error, one that grows is cut. */
+/* Exactly st_size bytes: a file that shrinks meanwhile is an error, one that grows is truncated. */
 static int send_file(int fd, const struct stat *st)
 {
     int error = send_header(st, NULL);

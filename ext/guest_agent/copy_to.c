@@ -1,7 +1,7 @@
 /* One file, directory, symlink or hard link from the host into the guest.
  *
- * A file grows under a temporary name beside its place and is renamed onto it when all has come, so nobody
- * ever sees half a file, and a transfer that ends early leaves nothing. Blocks of zeros become holes.
+ * A file is written under a temporary name in its directory and renamed when complete, so nobody ever sees a partial
+ * file, and a transfer that ends early leaves nothing. Blocks of zeros become holes.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -29,13 +29,13 @@ struct target {
     bool has_uid, has_gid, has_mtime;
 };
 
-/* The agent asks us to give up with a signal, and closes our input afterwards: so at its end we know. */
-static volatile sig_atomic_t given_up;
+/* The agent aborts us with a signal and closes our input after it, so at the end of input we know which it was. */
+static volatile sig_atomic_t aborted;
 
-static void give_up(int signal)
+static void abort_copy(int signal)
 {
     (void)signal;
-    given_up = 1;
+    aborted = 1;
 }
 
 static bool parse(struct field_reader *request, struct target *target)
@@ -79,7 +79,7 @@ static bool parse(struct field_reader *request, struct target *target)
 }
 
 /* Owner before mode, as a change of owner clears the set-id bits; time last. */
-static int dress(int dir, const char *name, const struct target *target)
+static int set_attributes(int dir, const char *name, const struct target *target)
 {
     uid_t uid = target->has_uid ? target->uid : (uid_t)-1;
     gid_t gid = target->has_gid ? target->gid : (gid_t)-1;
@@ -99,8 +99,8 @@ static int make_directory(int dir, const char *name, const struct target *target
     if (fstatat(dir, name, &st, 0) < 0)
         return worker_failed(errno, "%s", target->path);
     if (!S_ISDIR(st.st_mode))
-        return worker_failed(ENOTDIR, "%s is there and is not a directory", target->path);
-    return dress(dir, name, target) < 0 ? worker_failed(errno, "%s", target->path) : 0;
+        return worker_failed(ENOTDIR, "%s exists and is not a directory", target->path);
+    return set_attributes(dir, name, target) < 0 ? worker_failed(errno, "%s", target->path) : 0;
 }
 
 /* Whether HOLE bytes at a multiple of 8 are all zero; almost always the first word decides. */
@@ -134,7 +134,7 @@ static bool write_sparse(int fd, const uint8_t *data, size_t length)
     return true;
 }
 
-/* Takes the data until its end. 0, or an errno; ECANCELED if the host gave up. */
+/* Writes the data until its end. 0, or an errno; ECANCELED if the host aborted. */
 static int receive(int fd, uint64_t *total)
 {
     static uint8_t chunk[CHUNK];
@@ -149,7 +149,7 @@ static int receive(int fd, uint64_t *total)
         *total += (uint64_t)n;
         if (filled < sizeof chunk && n > 0)
             continue;
-        if (given_up)
+        if (aborted)
             return ECANCELED;
         if (!write_sparse(fd, chunk, filled))
             return errno;
@@ -159,8 +159,8 @@ static int receive(int fd, uint64_t *total)
     }
 }
 
-/* A name for what grows beside its place; not where a directory is. 0, or as worker_failed. */
-static int begin(int dir, const char *name, const struct target *target, char temporary[TEMPORARY])
+/* Chooses the temporary name; an error if `name` is a directory. 0, or as worker_failed. */
+static int choose_temporary(int dir, const char *name, const struct target *target, char temporary[TEMPORARY])
 {
     struct stat st;
     if (fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISDIR(st.st_mode))
@@ -169,12 +169,12 @@ static int begin(int dir, const char *name, const struct target *target, char te
     return 0;
 }
 
-/* What has grown takes its place, unless there was an error; either way nothing is left beside it. */
-static int end(int dir, const char *temporary, const char *name, const struct target *target, int error)
+/* Renames the temporary file unless there was an error; either way none is left. */
+static int finish_file(int dir, const char *temporary, const char *name, const struct target *target, int error)
 {
     if (!error && renameat(dir, temporary, dir, name) < 0)
         error = errno;
-    unlinkat(dir, temporary, 0); /* rename has left it there, too, if both are names of one file */
+    unlinkat(dir, temporary, 0); /* rename(2) keeps both if they are names of one file */
     return error ? worker_failed(error, "%s", target->path) : 0;
 }
 
@@ -182,18 +182,18 @@ static int make_file(int dir, const char *name, const struct target *target)
 {
     char temporary[TEMPORARY];
     uint64_t total = 0;
-    int failed = begin(dir, name, target, temporary);
+    int failed = choose_temporary(dir, name, target, temporary);
     if (failed)
         return failed;
     int fd = openat(dir, temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0)
         return worker_failed(errno, "%s", target->path);
     int error = receive(fd, &total);
-    if (!error && dress(dir, temporary, target) < 0)
+    if (!error && set_attributes(dir, temporary, target) < 0)
         error = errno;
     if (close(fd) < 0 && !error)
         error = errno;
-    failed = end(dir, temporary, name, target, error);
+    failed = finish_file(dir, temporary, name, target, error);
     if (failed)
         return failed;
     uint8_t buffer[64];
@@ -205,30 +205,30 @@ static int make_file(int dir, const char *name, const struct target *target)
 static int make_symlink(int dir, const char *name, const struct target *target)
 {
     char temporary[TEMPORARY];
-    int failed = begin(dir, name, target, temporary);
+    int failed = choose_temporary(dir, name, target, temporary);
     if (failed)
         return failed;
     if (symlinkat(target->link, dir, temporary) < 0)
         return worker_failed(errno, "%s", target->path);
-    return end(dir, temporary, name, target, dress(dir, temporary, target) < 0 ? errno : 0);
+    return finish_file(dir, temporary, name, target, set_attributes(dir, temporary, target) < 0 ? errno : 0);
 }
 
-/* One more name for a file that is there already; what it looks like is the file's own. */
+/* One more name for an existing file, whose attributes stay. */
 static int make_hard_link(int root, int dir, const char *name, const struct target *target)
 {
     char temporary[TEMPORARY], old[NAME_MAX + 1];
-    int failed = begin(dir, name, target, temporary);
+    int failed = choose_temporary(dir, name, target, temporary);
     if (failed)
         return failed;
     int old_dir = open_parent(root, target->link, false, old);
     if (old_dir < 0 || linkat(old_dir, old, dir, temporary, 0) < 0)
         return worker_failed(errno, "%s: hard link to %s", target->path, target->link);
-    return end(dir, temporary, name, target, 0);
+    return finish_file(dir, temporary, name, target, 0);
 }
 
 int copy_to_worker(struct field_reader *request)
 {
-    struct sigaction action = {.sa_handler = give_up};
+    struct sigaction action = {.sa_handler = abort_copy};
     struct target target;
     char name[NAME_MAX + 1], followed[PATH_MAX];
     sigaction(SIGTERM, &action, NULL);
@@ -239,7 +239,7 @@ int copy_to_worker(struct field_reader *request)
     int dir = open_parent(root, target.path, true, name);
     if (dir < 0)
         return worker_failed(errno, "%s", target.path);
-    /* As cp does, a file is written where a symlink at its place leads, as long as that exists. */
+    /* Like cp, writes through a symlink at the path if its target exists. */
     int end = target.kind == KIND_FILE ? open_inside(root, target.path, O_PATH, 0) : -1;
     struct stat st;
     if (end >= 0 && fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISLNK(st.st_mode)) {

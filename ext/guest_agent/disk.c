@@ -15,7 +15,7 @@
 #define SERIAL_BYTES 20 /* VIRTIO_BLK_ID_BYTES */
 #define BOOT_WAIT_MS 10000
 
-static int look_for_serial(const char *id, char path[DEVICE_PATH_BYTES])
+static int find_by_serial(const char *id, char path[DEVICE_PATH_BYTES])
 {
     DIR *dir = opendir("/sys/block");
     if (!dir)
@@ -45,7 +45,7 @@ int nth_disk(size_t n, char path[DEVICE_PATH_BYTES])
     return access(path, F_OK);
 }
 
-static int look_in_order(const struct boot_config *config, const char *id, char path[DEVICE_PATH_BYTES])
+static int find_in_order(const struct boot_config *config, const char *id, char path[DEVICE_PATH_BYTES])
 {
     for (size_t i = 0; config && i < config->disk_count; i++)
         if (strcmp(config->disk_order[i], id) == 0)
@@ -66,7 +66,7 @@ int find_disk(const struct boot_config *config, const char *id, char path[DEVICE
 {
     int64_t deadline = now_ms() + wait_ms;
     for (;;) {
-        if ((look_for_serial(id, path) == 0 || look_in_order(config, id, path) == 0) && can_be_opened(path))
+        if ((find_by_serial(id, path) == 0 || find_in_order(config, id, path) == 0) && can_be_opened(path))
             return 0;
         if (now_ms() >= deadline)
             return -1;
@@ -76,7 +76,7 @@ int find_disk(const struct boot_config *config, const char *id, char path[DEVICE
 
 static const char *read_config(int fd, struct boot_config *config, uint32_t *outcome_offset)
 {
-    uint8_t header[512]; /* a whole sector, in case the device wants it so */
+    uint8_t header[512]; /* a whole sector, in case the device requires it */
     uint32_t length, crc;
     if (pread(fd, header, sizeof header, 0) != (ssize_t)sizeof header)
         return "boot disk cannot be read";
@@ -89,7 +89,7 @@ static const char *read_config(int fd, struct boot_config *config, uint32_t *out
     if (lseek(fd, BOOT_HEADER_BYTES, SEEK_SET) < 0 || !read_all(fd, fields, length)
         || crc32_of(fields, length) != crc) {
         free(fields);
-        return "boot disk is torn";
+        return "boot disk is corrupt";
     }
     return parse_boot_fields(config, fields, length);
 }
@@ -108,7 +108,7 @@ const char *read_boot_disk(struct boot_config *config, char path[DEVICE_PATH_BYT
 {
     int64_t deadline = now_ms() + BOOT_WAIT_MS;
     for (;; sleep_ms(2)) {
-        if (look_for_serial("boot", path) == 0)
+        if (find_by_serial("boot", path) == 0)
             return try_boot_disk(path, config, outcome_offset);
         for (size_t n = 0; nth_disk(n, path) == 0; n++)
             if (try_boot_disk(path, config, outcome_offset) == NULL)

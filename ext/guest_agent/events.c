@@ -42,7 +42,7 @@ void event_acknowledged(uint8_t event)
         events[event].acknowledged = true;
 }
 
-void events_tell_again(void)
+void events_resend(void)
 {
     for (size_t i = 0; i < EVENT_COUNT; i++)
         events[i].told = false;
@@ -50,7 +50,7 @@ void events_tell_again(void)
 
 void events_step(struct channel *channel)
 {
-    /* In the order in which they can happen: why comes before that it is over. */
+    /* In the order in which they can happen: the reason comes before the end. */
     static const uint8_t order[] = {EVENT_READY, EVENT_STARTED, EVENT_FATAL, EVENT_EXITED};
     for (size_t n = 0; n < sizeof order; n++) {
         size_t i = order[n];

@@ -10,15 +10,15 @@
 #include "fields.h"
 #include "protocol.h"
 
-/* Notes that it happened; fields are what the writer holds (may be NULL). */
+/* Records an event; its fields are what the writer holds (may be NULL). */
 void event_happened(enum event event, const struct field_writer *fields);
 void event_acknowledged(uint8_t event);
 /* A new connection: every event is sent again. */
-void events_tell_again(void);
+void events_resend(void);
 void events_step(struct channel *channel);
-/* All that happened was acknowledged. */
+/* All recorded events have been acknowledged. */
 bool events_settled(void);
-/* Writes the event that ended this boot to the boot disk, for a host that was not there to hear it. */
+/* Writes the event that ended this boot to the boot disk, for a host that was not connected. */
 void record_outcome(const char *device, uint32_t offset, const uint8_t *nonce);
 
 /* Milliseconds since the kernel started, kept under a name for EVENT_READY. */

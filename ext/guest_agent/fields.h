@@ -1,7 +1,7 @@
 /* Fields: the one encoding of requests, replies, events and the boot disk.
  *
- * u16 tag, u32 length, value, one after the other. Text carries its closing NUL, so it is read where it
- * lies. Readers never step outside the bytes they were given and never allocate.
+ * u16 tag, u32 length, value, one after the other. Text carries its closing NUL, so it is read in place. Readers never
+ * step outside the bytes they were given and never allocate.
  */
 #ifndef HM_FIELDS_H
 #define HM_FIELDS_H
@@ -31,7 +31,7 @@ static inline struct field_reader read_fields(const uint8_t *data, size_t length
 /* The next field; false at the end or at the first malformed one, which reader->malformed tells apart. */
 bool next_field(struct field_reader *reader, struct field *field);
 
-/* Typed values: false, and nothing stored, if the length or the NUL is not what the type wants. */
+/* Typed values: false, and nothing stored, if the length or the NUL is not what the type requires. */
 bool field_text(const struct field *field, const char **out);
 bool field_bool(const struct field *field, bool *out);
 bool field_u8(const struct field *field, uint8_t *out);

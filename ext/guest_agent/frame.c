@@ -57,7 +57,7 @@ static enum frame_result find_greeting(struct frame_reader *reader)
     return FRAME_NONE;
 }
 
-static enum frame_result lose(struct frame_reader *reader)
+static enum frame_result lose_sync(struct frame_reader *reader)
 {
     reader->synced = false;
     return FRAME_LOST;
@@ -72,7 +72,7 @@ enum frame_result next_frame(struct frame_reader *reader, struct frame *frame)
     if (left == 0)
         return FRAME_NONE;
     if (memcmp(at, reader->token, left < 4 ? left : 4) != 0)
-        return lose(reader);
+        return lose_sync(reader);
     if (left < HEADER_BYTES)
         return FRAME_NONE;
     frame->type = at[4];
@@ -81,14 +81,14 @@ enum frame_result next_frame(struct frame_reader *reader, struct frame *frame)
     frame->session = get_u32(at + 8);
     frame->payload = at + HEADER_BYTES;
     if (frame->length > MAX_PAYLOAD)
-        return lose(reader);
+        return lose_sync(reader);
     size_t whole = HEADER_BYTES + frame->length + TRAILER_BYTES;
     if (left < whole)
         return FRAME_NONE;
     /* The cut frame of an earlier connection is dropped from its second byte on: a greeting may hide in it. */
     if (memcmp(at + HEADER_BYTES + frame->length, reader->token + 4, TRAILER_BYTES) != 0) {
         reader->begin++;
-        return lose(reader);
+        return lose_sync(reader);
     }
     reader->begin += whole;
     return FRAME_READY;

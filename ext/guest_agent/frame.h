@@ -1,8 +1,8 @@
 /* Bytes of the channel to frames: finds the greeting, then takes one frame after the other.
  *
  * Pure: no descriptors, no allocation. Input is one fixed buffer that holds at least one whole frame, so
- * a caller can always read more. Anything that is no frame of this connection puts the reader back to
- * looking for a greeting; what was running for the old connection is then the caller's to end.
+ * a caller can always read more. Anything that is no frame of this connection makes the reader look for a greeting
+ * again; the caller then ends what ran for the old connection.
  */
 #ifndef HM_FRAME_H
 #define HM_FRAME_H
@@ -21,7 +21,7 @@ struct frame {
 };
 
 enum frame_result {
-    FRAME_NONE,    /* more bytes are wanted */
+    FRAME_NONE,    /* more bytes are needed */
     FRAME_READY,   /* *frame holds one */
     FRAME_GREETED, /* a host greeted: answer it, forget all sessions */
     FRAME_LOST     /* garbage: forget all sessions; the reader looks for a greeting */

@@ -17,13 +17,13 @@
 
 static int64_t thaw_at;
 
-/* The files of a freeze stay open until the thaw: after a restore no code is translated yet, and looking for them
- * again was half of what a thaw took. */
+/* The files of a freeze stay open until the thaw: after a restore no code is translated yet, and finding them again
+ * took half of the time of a thaw. */
 static int kept[MAX_KEPT];
 static size_t kept_count;
 static bool kept_all;
 
-static void let_go(void)
+static void close_kept(void)
 {
     while (kept_count)
         close(kept[--kept_count]);
@@ -48,7 +48,7 @@ static int set_one(const char *path, const char *value, bool keep)
 /* All control groups below the root; we stay in the root itself. */
 static int set_frozen(const char *value, bool keep)
 {
-    let_go();
+    close_kept();
     DIR *dir = opendir(CGROUP_ROOT);
     if (!dir)
         return errno;
@@ -66,14 +66,14 @@ static int set_frozen(const char *value, bool keep)
     return result;
 }
 
-/* Through the files of the freeze: nobody can have made another group meanwhile. */
+/* Through the files of the freeze: no frozen process can have made another group. */
 static int thaw_kept(void)
 {
     int result = 0;
     for (size_t i = 0; i < kept_count; i++)
         if (!write_all(kept[i], "0", 1) && errno != ENODEV) /* the group is gone */
             result = errno;
-    let_go();
+    close_kept();
     return result;
 }
 

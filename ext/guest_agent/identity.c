@@ -68,7 +68,7 @@ static bool parse_identity(struct identity *identity, struct field_reader *reque
             identity->entropy = field;
             break;
         default:
-            good = take_network_field(&identity->network, &field);
+            good = parse_network_field(&identity->network, &field);
         }
         if (!good)
             return false;
@@ -76,8 +76,8 @@ static bool parse_identity(struct identity *identity, struct field_reader *reque
     return !request->malformed;
 }
 
-/* The identity that the guest has: that of its boot, until another one is asked for. After one that failed
- * halfway it is not known, and the next is applied whole. */
+/* The guest's present identity: that of its boot until a request changes it. After a change that failed halfway it is
+ * unknown, and the next one is applied in full. */
 static struct {
     bool asked, known;
     char hostname[256];
@@ -106,8 +106,8 @@ static bool same_network(const struct network *a, const struct network *b)
                 && same_dns(a, b)));
 }
 
-/* 0, or -1 with errno and what failed. Of what the guest has already nothing is done again. */
-static int become(const struct identity *asked, const char **failed)
+/* Changes what differs. 0, or -1 with errno and what failed. */
+static int change_identity(const struct identity *asked, const char **failed)
 {
     const struct network *network = &asked->network;
     bool renamed = !current.known || strcmp(asked->hostname, current.hostname) != 0;
@@ -131,7 +131,7 @@ static int become(const struct identity *asked, const char **failed)
     return write_machine_id(asked->machine_id, false);
 }
 
-int take_identity(const struct boot_config *config, struct field_reader request, uint8_t *nonce, const char **failed)
+int apply_identity(const struct boot_config *config, struct field_reader request, uint8_t *nonce, const char **failed)
 {
     struct identity asked;
     *failed = "identity";
@@ -144,7 +144,7 @@ int take_identity(const struct boot_config *config, struct field_reader request,
     if (!current.asked)
         remember(config->hostname ? config->hostname : "", &config->network);
     current.asked = true;
-    if (become(&asked, failed) < 0) {
+    if (change_identity(&asked, failed) < 0) {
         current.known = false;
         return -1;
     }

@@ -27,7 +27,7 @@
 
 static struct boot_config config;
 
-/* Descriptors 0, 1 and 2 lead nowhere: nothing of ours may end up in the instance's log by accident. */
+/* Descriptors 0, 1 and 2 are /dev/null, so that nothing of ours ends up in the instance's log by accident. */
 static void open_standard_files(void)
 {
     int fd = open("/dev/null", O_RDWR);
@@ -54,7 +54,7 @@ static const char *configure_system(void)
     static char text[128];
     const char *step = NULL;
     clock_at_least(config.clock_ns);
-    /* IPv6 is closed until it is filtered as well as IPv4 is. */
+    /* IPv6 is off until it is filtered as IPv4 is. */
     write_file("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1");
     write_file("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
     write_file("/sys/devices/system/memory/auto_online_blocks", "online_movable");
@@ -80,30 +80,30 @@ static const char *configure_system(void)
 
 static const char *prepare(void)
 {
-    const char *wrong = mount_root(&config);
-    if (!wrong)
-        wrong = switch_root();
-    if (!wrong)
-        wrong = mount_late(config.shm_bytes);
-    if (wrong)
-        return wrong;
+    const char *failure = mount_root(&config);
+    if (!failure)
+        failure = switch_root();
+    if (!failure)
+        failure = mount_late(config.shm_bytes);
+    if (failure)
+        return failure;
     phase_done("root");
     make_volume_dirs(&config);
-    for (size_t i = 0; !wrong && i < config.volume_count; i++)
-        wrong = mount_volume(&config, &config.volumes[i], BOOT_DISK_WAIT_MS);
-    if (!wrong && config.volume_count)
+    for (size_t i = 0; !failure && i < config.volume_count; i++)
+        failure = mount_volume(&config, &config.volumes[i], BOOT_DISK_WAIT_MS);
+    if (!failure && config.volume_count)
         phase_done("volumes");
-    if (!wrong)
-        wrong = configure_system();
-    if (!wrong)
+    if (!failure)
+        failure = configure_system();
+    if (!failure)
         phase_done("network");
-    return wrong;
+    return failure;
 }
 
-static _Noreturn void give_up(const char *wrong)
+static _Noreturn void give_up(const char *failure)
 {
-    console_say(wrong);
-    sleep_ms(100); /* the serial line takes its time */
+    console_print(failure);
+    sleep_ms(100); /* until the serial line has sent it */
     reboot(RB_POWER_OFF);
     reboot(RB_AUTOBOOT);
     for (;;)
@@ -114,24 +114,24 @@ _Noreturn void init_run(void)
 {
     static char boot_device[DEVICE_PATH_BYTES];
     uint32_t outcome_offset = 0;
-    const char *wrong = mount_early();
+    const char *failure = mount_early();
     open_standard_files();
     protect_ourselves();
     clock_begin();
     phase_done("kernel");
-    if (!wrong) {
+    if (!failure) {
         load_modules();
         phase_done("modules");
-        wrong = read_boot_disk(&config, boot_device, &outcome_offset);
+        failure = read_boot_disk(&config, boot_device, &outcome_offset);
     }
-    if (wrong)
-        give_up(wrong);
+    if (failure)
+        give_up(failure);
     phase_done("boot_disk");
-    wrong = prepare();
+    failure = prepare();
     workload_prepare(&config);
     machine_begin(&config, boot_device, outcome_offset);
-    if (wrong)
-        workload_fatal(wrong);
+    if (failure)
+        workload_fatal(failure);
     else
         workload_hold(&config);
     agent_run(&config, -1);

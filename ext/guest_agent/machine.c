@@ -12,7 +12,7 @@
 #include "util.h"
 #include "workload.h"
 
-/* A connected host gets its time to acknowledge; one that is away reads the boot disk when it is back. */
+/* How long a connected host has to acknowledge; one that is not connected reads the boot disk later. */
 #define REPORT_MS 10000
 #define REPORT_ABSENT_MS 2000
 #define DRAIN_MS 5000
@@ -51,8 +51,8 @@ void machine_stop(int signal, uint64_t grace_ms)
 static _Noreturn void power_off(void)
 {
     record_outcome(boot_device, outcome_offset, config->nonce);
-    settle_disks();
-    write_file("/proc/sys/kernel/printk", "0"); /* "Power down" is no line of the instance's log */
+    quiesce_disks();
+    write_file("/proc/sys/kernel/printk", "0"); /* keeps "Power down" out of the instance's log */
     reboot(config->power_off_by_reset ? RB_AUTOBOOT : RB_POWER_OFF);
     for (;;)
         pause();
@@ -79,7 +79,7 @@ int machine_step(struct channel *channel)
     }
     if (state == DRAINING && (late || workload_drained())) {
         if (boot_device)
-            kill(-1, SIGKILL); /* all but us; the sessions among them still tell their ends */
+            kill(-1, SIGKILL); /* all but us; sessions still report their exits */
         enter(REPORTING, REPORT_MS);
         late = false;
     }
@@ -94,6 +94,6 @@ int machine_step(struct channel *channel)
         return -1;
     int64_t left = deadline - now_ms();
     if (state == REPORTING && left > REPORT_ABSENT_MS)
-        left = REPORT_ABSENT_MS; /* the host may go away meanwhile */
+        left = REPORT_ABSENT_MS; /* the host may disconnect meanwhile */
     return left > 0 ? (int)left : 0;
 }

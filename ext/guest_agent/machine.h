@@ -4,7 +4,7 @@
  *      └──the main process ends─────────────────────────────────────────────────▲
  *
  * DRAINING waits for the last output to reach the console, REPORTING for the host to acknowledge the events;
- * both only so long.
+ * both have a time limit.
  */
 #ifndef HM_MACHINE_H
 #define HM_MACHINE_H
@@ -16,10 +16,10 @@
 #include "channel.h"
 
 void machine_begin(const struct boot_config *config, const char *boot_device, uint32_t outcome_offset);
-/* Ends the main process with a signal (0: the image's own), after grace_ms by force; UINT64_MAX: the boot's
- * own grace. */
+/* Ends the main process with a signal (0: the image's own), after grace_ms with SIGKILL; UINT64_MAX: the grace of the
+ * boot disk. */
 void machine_stop(int signal, uint64_t grace_ms);
-/* Moves on if it is time; powers off at the end. Milliseconds to the next deadline, -1 for none. */
+/* Enters the next state when due; powers off at the end. Milliseconds to the next deadline, -1 for none. */
 int machine_step(struct channel *channel);
 /* In tests there is no machine: stopping ends the program. */
 bool machine_over(void);

@@ -1,4 +1,4 @@
-/* How the guest feels, and its memory brought into use. */
+/* Load and memory of the guest; bringing plugged memory online. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -52,8 +52,8 @@ static bool is_offline(const char *state_path)
     return read_file(state_path, state, sizeof state) > 0 && strcmp(state, "offline") == 0;
 }
 
-/* Blocks of memory that were plugged in and wait to be used. The kernel brings them up by itself, too, so one
- * that refuses may just have come up. */
+/* Brings plugged blocks of memory online. The kernel does so by itself, too: one that refuses may just have come
+ * online. */
 int memory_worker(struct field_reader *request)
 {
     (void)request;

@@ -1,4 +1,4 @@
-/* Kernel modules that came with the initrd, in the order that its list gives. With a kernel of ours there are none. */
+/* Loads the kernel modules of the initrd, in the order of its list. Our own kernel has none. */
 #define _GNU_SOURCE
 #include "modules.h"
 
@@ -25,10 +25,10 @@ void load_modules(void)
         snprintf(path, sizeof path, "/modules/%s", name);
         int fd = open(path, O_RDONLY | O_CLOEXEC);
         if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) < 0 && errno != EEXIST))
-            log_line("module %s: %s", name, strerror(errno)); /* what misses it will say so better */
+            log_line("module %s: %s", name, strerror(errno)); /* what needs it reports a clearer error */
         if (fd >= 0)
             close(fd);
-        unlink(path); /* the initrd lies in memory */
+        unlink(path); /* the initramfs is in memory */
     }
     unlink(LIST);
     rmdir("/modules");

@@ -17,7 +17,8 @@ const char *make_init_namespaces(void)
 {
     if (unshare(CLONE_NEWNS | CLONE_NEWCGROUP) < 0)
         return "namespaces";
-    /* What we mount later appears inside; what is mounted inside may be shared further, as engines for containers ask. */
+    /* What we mount later appears inside; what is mounted inside may be shared further, as container engines require.
+     * */
     if (mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0 || mount(NULL, "/", NULL, MS_REC | MS_SHARED, NULL) < 0)
         return "mount propagation";
     umount2("/proc", MNT_DETACH);

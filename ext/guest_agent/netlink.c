@@ -39,7 +39,7 @@ static void add(struct message *m, uint16_t type, const void *value, uint16_t le
 }
 
 /* Sends one request and waits for its acknowledgement. */
-static int ask(int fd, struct message *m)
+static int send_request(int fd, struct message *m)
 {
     struct {
         struct nlmsghdr header;
@@ -71,7 +71,7 @@ static int change_link(int fd, int index, bool up, const uint8_t *mac, uint32_t 
         add(&m, IFLA_ADDRESS, mac, 6);
     if (mtu)
         add(&m, IFLA_MTU, &mtu, sizeof mtu);
-    return ask(fd, &m);
+    return send_request(fd, &m);
 }
 
 static int add_address(int fd, int index, const struct network *network)
@@ -92,7 +92,7 @@ static int add_address(int fd, int index, const struct network *network)
     add(&m, IFA_ADDRESS, network->address, 4);
     if (network->prefix < 31)
         add(&m, IFA_BROADCAST, broadcast, 4);
-    return ask(fd, &m);
+    return send_request(fd, &m);
 }
 
 /* On-link, because a routed TAP may give its guest a /32. */
@@ -108,7 +108,7 @@ static int add_default_route(int fd, int index, const struct network *network)
     begin(&m, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &route, sizeof route);
     add(&m, RTA_GATEWAY, network->gateway, 4);
     add(&m, RTA_OIF, &index, sizeof index);
-    return ask(fd, &m);
+    return send_request(fd, &m);
 }
 
 static bool read_mac(const char *name, uint8_t mac[6])
@@ -148,7 +148,7 @@ static int find_link(const uint8_t *mac)
     return index;
 }
 
-/* All but `kept`. */
+/* Removes all addresses but `kept`. */
 static int flush_addresses(int fd, int index, const uint8_t kept[4])
 {
     struct {
@@ -188,7 +188,7 @@ static int flush_addresses(int fd, int index, const uint8_t kept[4])
         struct message m;
         begin(&m, RTM_DELADDR, 0, &found[i], sizeof found[i]);
         add(&m, IFA_LOCAL, local[i], 4);
-        if (ask(fd, &m) < 0 && errno != EADDRNOTAVAIL) /* a secondary address goes with its primary */
+        if (send_request(fd, &m) < 0 && errno != EADDRNOTAVAIL) /* a secondary address goes with its primary */
             return -1;
     }
     return 0;

@@ -23,7 +23,7 @@ int open_inside(int root, const char *path, uint64_t flags, uint64_t mode)
         .flags = flags | O_CLOEXEC, .mode = mode, .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS};
     for (;;) {
         int fd = (int)syscall(SYS_openat2, root, path, &how, sizeof how);
-        if (fd >= 0 || errno != EAGAIN) /* EAGAIN: something was renamed under the look-up */
+        if (fd >= 0 || errno != EAGAIN) /* EAGAIN: something was renamed during the lookup */
             return fd;
     }
 }
@@ -34,7 +34,8 @@ static int open_dir(int root, const char *path, bool make)
     int fd = open_inside(root, path, O_PATH | O_DIRECTORY, 0);
     if (fd >= 0 || errno != ENOENT || !make)
         return fd;
-    /* Make what is missing, from the top: each level is opened inside the root again, as symlinks may lie between. */
+    /* Make missing directories from the top; each level is opened inside the root again, as symlinks may be on the way.
+     * */
     for (size_t i = 1, length = strlen(path); i <= length; i++) {
         if ((path[i] != '/' && path[i] != 0) || path[i - 1] == '/')
             continue;

@@ -39,17 +39,17 @@ static bool has_init_name(const char *path)
     return is_one_of(base_name(path), names, LENGTH(names));
 }
 
-/* Where programs are looked for. */
-struct place {
+/* Where programs are searched for. */
+struct search {
     const char *path, *cwd;
 };
 
 /* The file that a command leads to; false if there is none. */
-static bool find_program(const char *name, const struct place *place, char *found)
+static bool find_program(const char *name, const struct search *search, char *found)
 {
-    const char *path = place->path;
+    const char *path = search->path;
     if (strchr(name, '/'))
-        return snprintf(found, PATH_MAX, "%s%s%s", *name == '/' ? "" : place->cwd, *name == '/' ? "" : "/", name)
+        return snprintf(found, PATH_MAX, "%s%s%s", *name == '/' ? "" : search->cwd, *name == '/' ? "" : "/", name)
             < PATH_MAX
             && access(found, F_OK) == 0;
     while (path && *path) {
@@ -107,10 +107,10 @@ static bool is_assignment(const char *word)
     return name > 0 && word[name] == '=';
 }
 
-static bool leads_to_init(char *const *argv, const struct place *place, int depth);
+static bool leads_to_init(char *const *argv, const struct search *search, int depth);
 
 /* Whether a script that gets `arguments` (or NULL) executes an init. */
-static bool script_executes(const char *text, char *const *arguments, const struct place *place, int depth)
+static bool script_executes(const char *text, char *const *arguments, const struct search *search, int depth)
 {
     char word[MAX_WORD];
     bool after_exec = false, begins = true;
@@ -123,7 +123,7 @@ static bool script_executes(const char *text, char *const *arguments, const stru
         if (after_exec && (*word == '-' || strcmp(word, "env") == 0 || is_assignment(word)))
             continue;
         if (after_exec
-            && (has_init_name(word) || (*word == '$' && arguments && leads_to_init(arguments, place, depth + 1))))
+            && (has_init_name(word) || (*word == '$' && arguments && leads_to_init(arguments, search, depth + 1))))
             return true;
         after_exec = begins && strcmp(word, "exec") == 0;
         begins = begins && is_one_of(word, (const char *const[]){"then", "else", "do", "!"}, 4);
@@ -151,7 +151,7 @@ static bool is_shell(const char *name)
     return is_one_of(base_name(name), names, LENGTH(names));
 }
 
-static bool leads_to_init(char *const *argv, const struct place *place, int depth)
+static bool leads_to_init(char *const *argv, const struct search *search, int depth)
 {
     char found[PATH_MAX], real[PATH_MAX];
     if (!argv[0] || depth > MAX_DEPTH)
@@ -159,26 +159,26 @@ static bool leads_to_init(char *const *argv, const struct place *place, int dept
     if (has_init_name(argv[0]))
         return true;
     if (is_shell(argv[0]) && argv[1] && *argv[1] == '-' && argv[1][strlen(argv[1]) - 1] == 'c' && argv[2])
-        return ends_in_init(argv[2]) || script_executes(argv[2], argv[3] ? argv + 4 : NULL, place, depth);
+        return ends_in_init(argv[2]) || script_executes(argv[2], argv[3] ? argv + 4 : NULL, search, depth);
     if (is_shell(argv[0]) && argv[1] && *argv[1] != '-')
-        return leads_to_init(argv + 1, place, depth + 1);
-    if (!find_program(argv[0], place, found))
+        return leads_to_init(argv + 1, search, depth + 1);
+    if (!find_program(argv[0], search, found))
         return false;
     if (realpath(found, real) && has_init_name(real))
         return true;
     char *text = read_script(found);
-    bool is_init = text && script_executes(text, argv + 1, place, depth);
+    bool is_init = text && script_executes(text, argv + 1, search, depth);
     free(text);
     return is_init;
 }
 
 bool executes_init(char *const *argv, const char *path, const char *cwd)
 {
-    struct place place = {path ? path : DEFAULT_PATH, cwd};
-    return leads_to_init(argv, &place, 0);
+    struct search search = {path ? path : DEFAULT_PATH, cwd};
+    return leads_to_init(argv, &search, 0);
 }
 
-bool wants_pid1(const struct boot_config *config)
+bool needs_pid1(const struct boot_config *config)
 {
     const char *path = NULL;
     if (config->pid1 != PID1_DETECT)

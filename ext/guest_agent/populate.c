@@ -13,7 +13,7 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
-/* There while a volume is being filled: what lies beside it is incomplete and is removed before the next try. */
+/* Exists while a volume is being filled: what is beside it is incomplete and is removed before the next attempt. */
 #define MARKER ".hypeman-populating"
 /* Each level of directories holds four descriptors open. */
 #define MAX_DEPTH 256
@@ -22,7 +22,7 @@
 typedef int visit_entry(int directory, const char *name, void *context);
 
 /* Calls `visit` for each entry of a directory until one fails; 0, or -1 with errno. */
-static int each_entry(int directory, visit_entry *visit, void *context)
+static int for_each_entry(int directory, visit_entry *visit, void *context)
 {
     int fd = openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     DIR *stream = fd < 0 ? NULL : fdopendir(fd);
@@ -42,7 +42,7 @@ static int each_entry(int directory, visit_entry *visit, void *context)
     return error ? -1 : 0;
 }
 
-static int found_one(int directory, const char *name, void *context)
+static int note_entry(int directory, const char *name, void *context)
 {
     (void)directory;
     (void)name;
@@ -61,7 +61,7 @@ static int remove_entry(int directory, const char *name, void *context)
     int inside = openat(directory, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (inside < 0)
         return -1;
-    int result = each_entry(inside, remove_entry, NULL);
+    int result = for_each_entry(inside, remove_entry, NULL);
     close(inside);
     return result < 0 ? -1 : unlinkat(directory, name, AT_REMOVEDIR);
 }
@@ -98,7 +98,7 @@ int copy_directory_attributes(int from, int to)
 int is_directory_empty(int directory)
 {
     bool has_content = false;
-    if (each_entry(directory, found_one, &has_content) < 0)
+    if (for_each_entry(directory, note_entry, &has_content) < 0)
         return -1;
     return !has_content;
 }
@@ -124,7 +124,7 @@ static int copy_directory(int from, int to, int depth)
         errno = ELOOP;
         return -1;
     }
-    return each_entry(from, copy_entry, &copy);
+    return for_each_entry(from, copy_entry, &copy);
 }
 
 /* A file or directory, whose descriptors carry its attributes. A file with several names becomes several files. */
@@ -187,9 +187,9 @@ int populate_volume(int volume, int covered)
     if (unlinkat(volume, "lost+found", AT_REMOVEDIR) < 0 && errno != ENOENT && errno != ENOTEMPTY && errno != ENOTDIR)
         return -1;
     bool interrupted = faccessat(volume, MARKER, F_OK, AT_SYMLINK_NOFOLLOW) == 0;
-    if (interrupted && each_entry(volume, remove_entry, "keep the marker") < 0)
+    if (interrupted && for_each_entry(volume, remove_entry, "keep the marker") < 0)
         return -1;
-    if (!interrupted && each_entry(volume, found_one, &has_content) < 0)
+    if (!interrupted && for_each_entry(volume, note_entry, &has_content) < 0)
         return -1;
     if (has_content || fstat(covered, &st) < 0)
         return has_content ? 0 : -1;

@@ -80,14 +80,14 @@ static char **merge_env(const struct program *program, const struct user *user)
     merged[count] = NULL;
     char host[65] = "", *hostname;
     gethostname(host, sizeof host - 1);
-    bool wants_hostname = !value_of(merged, "HOSTNAME") && asprintf(&hostname, "HOSTNAME=%s", host) >= 0;
-    bool wants_home = !value_of(merged, "HOME") && asprintf(&home, "HOME=%s", user->home) >= 0,
+    bool needs_hostname = !value_of(merged, "HOSTNAME") && asprintf(&hostname, "HOSTNAME=%s", host) >= 0;
+    bool needs_home = !value_of(merged, "HOME") && asprintf(&home, "HOME=%s", user->home) >= 0,
          wants_path = !value_of(merged, "PATH");
     bool wants_term = program->tty && !value_of(merged, "TERM");
     bool wants_container = program->is_init && !value_of(merged, "container");
-    if (wants_hostname)
+    if (needs_hostname)
         merged[count++] = hostname;
-    if (wants_home)
+    if (needs_home)
         merged[count++] = home;
     if (wants_path)
         merged[count++] = "PATH=" DEFAULT_PATH;
@@ -126,7 +126,7 @@ static void execute(char *const *argv, char **env, struct start_failure *failure
     if (strchr(name, '/')) {
         execve(name, argv, env);
         if (errno == ENOENT && access(name, F_OK) == 0)
-            fail(failure, 127, "exec %s: its interpreter or loader is not there", name);
+            fail(failure, 127, "exec %s: its interpreter or loader is missing", name);
         else
             fail(failure, errno == ENOENT || errno == ENOTDIR ? 127 : 126, "exec %s: %s", name,
                  errno == ENOEXEC ? "exec format error" : strerror(errno));
@@ -149,7 +149,7 @@ static void execute(char *const *argv, char **env, struct start_failure *failure
         fail(failure, 127, "exec \"%s\": executable file not found in $PATH", name);
 }
 
-void become_program(const struct program *program, struct start_failure *failure)
+void exec_program(const struct program *program, struct start_failure *failure)
 {
     static struct user user;
     const char *wrong = find_user(program->user, &user);
@@ -159,11 +159,11 @@ void become_program(const struct program *program, struct start_failure *failure
         fail(failure, 126, "%s", wrong);
     } else if (enter_cwd(program, failure)) {
         char **env = merge_env(program, &user);
-        /* Programs reopen /dev/stdout and the like: the ends must belong to who they run as. */
+        /* Programs reopen /dev/stdout and the like, so these must belong to the program's user. */
         for (int fd = 0; fd < 3 && user.uid != 0; fd++)
             if (fchown(fd, user.uid, (gid_t)-1) < 0)
-                continue; /* /dev/null of a read-only file system, and the like: no harm */
-        if (become_user(&user) < 0)
+                continue; /* harmless, as for /dev/null on a read-only file system */
+        if (switch_user(&user) < 0)
             fail(failure, 126, "cannot become user %s: %s", program->user, strerror(errno));
         else
             execute(program->argv, env, failure);
@@ -239,7 +239,7 @@ static _Noreturn void run_child(const struct program *program, struct ends *ends
     if (wrong)
         fail(&failure, 126, "%s: %s", wrong, strerror(errno));
     if (!failure.exit_code)
-        become_program(program, &failure);
+        exec_program(program, &failure);
     write_all(ends->failure[1], &failure, sizeof failure);
     _exit(failure.exit_code);
 }
@@ -317,7 +317,7 @@ void kill_session(pid_t leader)
 {
     kill(-leader, SIGKILL);
     kill(leader, SIGKILL);
-    /* Walk until a walk finds nobody; a program that forks faster than this must not hold us up. */
+    /* Repeat until a pass finds no process, but not endlessly: a program may fork faster than this. */
     for (int pass = 0; pass < 8; pass++) {
         DIR *dir = opendir("/proc");
         bool found = false;

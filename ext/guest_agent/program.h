@@ -24,8 +24,8 @@ struct program {
 
 struct child {
     pid_t pid;
-    int in, out, err; /* our ends, non-blocking; -1 where there is none. With a terminal in and out are it. */
-    int failure;      /* a pipe: empty at its end if the program was executed, else a struct start_failure */
+    int in, out, err; /* our ends, non-blocking; -1 where there is none; with a terminal, in and out are one */
+    int failure;      /* a pipe: closed without data if the program was executed, else a struct start_failure */
 };
 
 /* Why a child could not become the program; exit codes as of a shell: 127 not found, 126 not executable. */
@@ -34,11 +34,11 @@ struct start_failure {
     char message[252];
 };
 
-/* Forks; 0, or -1 with errno if not even that was possible. */
+/* Forks. 0, or -1 with errno if that failed. */
 int start_program(const struct program *program, struct child *child);
 
-/* Replaces this process by the program (never returns if it works); fills in why not. */
-void become_program(const struct program *program, struct start_failure *failure);
+/* Replaces this process by the program. Returns only on failure, which it fills in. */
+void exec_program(const struct program *program, struct start_failure *failure);
 
 /* Kills all processes of the session that `leader` began, also those in groups of their own. */
 void kill_session(pid_t leader);

@@ -1,7 +1,7 @@
-/* What host and guest say to each other: the one table of numbers.
+/* The protocol between host and guest: the one table of its numbers.
  *
- * Twin of hypeman/guest/protocol.py; the golden frames in tests/golden/guest
- * hold both to the same bytes. All integers are little endian.
+ * Twin of hypeman/guest/protocol.py; the golden frames in tests/golden/guest check that both produce the same bytes.
+ * All integers are little endian.
  *
  *   greeting, host → guest    FLUSH_BYTES zero bytes, then SYNC_MAGIC, 16-byte token, CRC-32 of both
  *   answer, guest → host      ACK_MAGIC, the token, the 16-byte nonce of this boot, u16 version, u16 flags, CRC-32
@@ -10,7 +10,7 @@
  * Mark and trailer are bytes 0..3 and 4..7 of the token, so a frame of an earlier connection is never
  * taken for one of this connection. A virtio-serial port may deliver the rest of what an earlier host
  * process sent: the zero bytes complete whatever frame was cut, its trailer is then wrong, and the guest
- * looks for SYNC_MAGIC. The host throws away everything until its own token comes back.
+ * looks for SYNC_MAGIC. The host discards everything until its own token comes back.
  */
 #ifndef HM_PROTOCOL_H
 #define HM_PROTOCOL_H
@@ -36,9 +36,9 @@
 #define WINDOW 524288
 #define MAX_SESSIONS 128
 /* A program whose OPEN has a TAG_SESSION_KEY is kept for KEEP_MS when its connection is lost, or detached with
- * FRAME_DETACH. A session of another connection goes on with it: OP_RESUME names the key and how many bytes of output
- * the host's client has. So a CREDIT grants what the client has, not what the host has: until then the guest keeps
- * it, at most KEPT_BYTES. Of a kept program FRAME_EXIT is not the last frame: the host answers with CLOSE. */
+ * FRAME_DETACH. A session of another connection continues it: OP_RESUME names the key and how many bytes of output the
+ * host's client has. So a CREDIT grants what the client has, not what the host has: until then the guest keeps it, at
+ * most KEPT_BYTES. Of a kept program FRAME_EXIT is not the last frame: the host answers with CLOSE. */
 #define KEY_BYTES 16
 #define KEPT_BYTES 131072
 #define KEEP_MS 60000
@@ -49,17 +49,17 @@
 #define AGENT_VSOCK_PORT 1024
 
 enum frame_type {
-    FRAME_OPEN = 1,       /* h→g  u8 op, fields; FLAG_MORE: the request goes on in the next OPEN frame */
+    FRAME_OPEN = 1,       /* h→g  u8 op, fields; FLAG_MORE: the request continues in the next OPEN frame */
     FRAME_DATA = 2,       /* h→g  standard input, FLAG_END closes it; g→h standard output or reply */
     FRAME_STDERR = 3,     /* g→h */
     FRAME_CREDIT = 4,     /* both u32 more bytes may be sent in this session */
     FRAME_SIGNAL = 5,     /* h→g  u32 signal for the process group */
     FRAME_RESIZE = 6,     /* h→g  u16 rows, u16 columns */
-    FRAME_CLOSE = 7,      /* h→g  end it, kill what runs in it; nothing is answered */
+    FRAME_CLOSE = 7,      /* h→g  end it, kill its processes; no answer */
     FRAME_EXIT = 8,       /* g→h  fields; the last frame of a session */
     FRAME_EVENT = 9,      /* g→h  u8 event, fields; session 0; sent again on each connection */
     FRAME_EVENT_ACK = 10, /* h→g  u8 event */
-    FRAME_DETACH = 11,    /* h→g  the host leaves a kept session; nothing is answered */
+    FRAME_DETACH = 11,    /* h→g  the host leaves a kept session; no answer */
     FRAME_RESUMED = 12    /* g→h  fields; the first frame of a session that OP_RESUME opened */
 };
 
@@ -80,7 +80,7 @@ enum op {
     OP_METRICS = 11,
     OP_FREEZE = 12,
     OP_THAW = 13,
-    OP_PING = 14, /* answered at once with an empty reply: the agent lives */
+    OP_PING = 14, /* answered at once with an empty reply: the agent is alive */
     OP_RESUME = 15,
     OP_WARM = 16 /* executes a program of the agent's that ends at once, also while the others are frozen */
 };

@@ -20,7 +20,7 @@
 
 #define MAX_ARGS 4096
 
-/* What is done in a child of its own; the rest is at hand in start_request. */
+/* Requests that a worker carries out; start_request handles the others. */
 static const struct {
     worker_function function;
     bool needs_agent; /* works on the guest's files */
@@ -94,7 +94,7 @@ static void start_exec(const struct boot_config *config, struct session *session
     program.env = env;
     if (config->idle && !*program.user)
         program.user = config->user;
-    /* Without a wish it is where the image's own program works, which is made if it is missing. */
+    /* By default the image's working directory, which is created if it is missing. */
     program.cwd = cwd ? cwd : config->cwd;
     program.make_cwd = !cwd;
     if (keep && !session_keep(session, key))
@@ -110,13 +110,13 @@ static void start_identity(const struct boot_config *config, struct channel *cha
 {
     const char *failed;
     char text[128] = "";
-    int error = take_identity(config, reader, channel->nonce, &failed) < 0 ? errno : 0;
+    int error = apply_identity(config, reader, channel->nonce, &failed) < 0 ? errno : 0;
     if (error)
         snprintf(text, sizeof text, "%s: %s", failed, strerror(error));
     session_refuse(session, error, text);
 }
 
-/* All that an exec takes but the image's own program: under emulation its first run takes ten times as long as others. */
+/* All that an exec needs but the image's program: under emulation the first run takes ten times as long as others. */
 static void start_warm(struct session *session)
 {
     static char *const argv[] = {"/proc/self/exe", NULL}, *const env[] = {NULL};
@@ -149,7 +149,7 @@ static void resume(struct session *session, struct field_reader *reader)
     if (!good || reader->malformed || !has_key)
         session_refuse(session, EINVAL, "resume: malformed request");
     else if (!session_resume(session, key, received))
-        session_refuse(session, ENOENT, "there is no such program any more");
+        session_refuse(session, ENOENT, "the program is no longer kept");
 }
 
 static void start_shutdown(struct session *session, struct field_reader *reader)
@@ -259,7 +259,7 @@ bool handle_frame(const struct boot_config *config, struct channel *channel, con
     switch (frame->type) {
     case FRAME_DATA:
         if (frame->length == 0 && !(frame->flags & FLAG_END))
-            return false; /* uses up nothing of what was granted: could be repeated without end */
+            return false; /* uses no credit, so it could be repeated endlessly */
         return !session || session_input(session, frame->payload, frame->length, frame->flags & FLAG_END);
     case FRAME_CREDIT:
         return frame->length == 4 && (!session || session_granted(session, get_u32(frame->payload)));

@@ -1,4 +1,4 @@
-/* Frames of the host to deeds: opens sessions, feeds them, ends them. */
+/* Handles frames of the host: opens, feeds and ends sessions. */
 #ifndef HM_REQUEST_H
 #define HM_REQUEST_H
 

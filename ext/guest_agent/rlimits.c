@@ -9,11 +9,11 @@
 
 #include "util.h"
 
-/* fs.nr_open, more than which no process may have. */
+/* fs.nr_open, the most that a process may have. */
 #define MAX_FILES 1048576
 
-/* The machine is the workload's alone, so nothing is rationed but by memory. Core files stay off unless they are asked
- * for: nobody would collect them, and they fill the disk. */
+/* The VM is the workload's alone, so only memory limits it. Core files are off unless requested: nobody collects them,
+ * and they fill the disk. */
 static const struct ulimit defaults[] = {
     {RLIMIT_NOFILE, MAX_FILES, MAX_FILES},
     {RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY},

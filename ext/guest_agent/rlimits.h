@@ -4,9 +4,9 @@
 
 #include "boot_config.h"
 
-/* Writes the kernel's settings, first ours, then those of the boot configuration. NULL or what is wrong. */
+/* Writes the kernel's settings, first ours, then those of the boot configuration. NULL, or an error message. */
 const char *set_kernel_limits(const struct boot_config *config);
-/* In a fresh child: the limits of this boot, which set_kernel_limits has taken over. */
+/* In a fresh child: the limits of this boot, which set_kernel_limits has stored. */
 void limit_process(void);
 
 #endif

@@ -23,7 +23,7 @@
 #define NEW_ROOT "/newroot"
 #define DOCKER_SHM_BYTES (64 << 20)
 
-/* The overlay's own mount is hidden behind the root; this descriptor lets us bring it to rest at the end. */
+/* The overlay's own mount is hidden behind the root; this descriptor lets us freeze it at the end. */
 static int overlay_fd = -1;
 
 static const char *problem(const char *format, ...)
@@ -65,7 +65,7 @@ const char *mount_early(void)
     return mount_kernel_fs(list, LENGTH(list));
 }
 
-/* Half of the memory, but what Docker gives at least; it is a limit, and takes nothing that is not used. */
+/* Half of the memory, and no less than Docker's default. It is a limit: unused space costs nothing. */
 static unsigned long long shm_size(uint64_t wanted)
 {
     struct sysinfo system;
@@ -73,8 +73,8 @@ static unsigned long long shm_size(uint64_t wanted)
     return wanted ? wanted : half > DOCKER_SHM_BYTES ? half : DOCKER_SHM_BYTES;
 }
 
-/* In the new root, so that links of the image (/dev -> /x/dev) lead to where they do for its programs. /run is the
- * image's own: programs expect the directories that it has there, as they find them in a container. */
+/* In the new root, so that links of the image (/dev -> /x/dev) lead where they do for its programs. /run is the image's
+ * own: programs expect the directories that it has there, as they find them in a container. */
 const char *mount_late(uint64_t shm_bytes)
 {
     char shm[64];
@@ -93,16 +93,16 @@ const char *mount_late(uint64_t shm_bytes)
                                            {"/proc/self/fd/1", "/dev/stdout"},
                                            {"/proc/self/fd/2", "/dev/stderr"},
                                            {"pts/ptmx", "/dev/ptmx"}};
-    const char *wrong = mount_kernel_fs(list, LENGTH(list));
-    /* For everyone, as udev's rules have it. */
+    const char *failure = mount_kernel_fs(list, LENGTH(list));
+    /* For all users, as by udev's rules. */
     chmod("/dev/fuse", 0666);
     chmod("/dev/net/tun", 0666);
-    for (size_t i = 0; !wrong && i < LENGTH(links); i++) {
+    for (size_t i = 0; !failure && i < LENGTH(links); i++) {
         unlink(links[i][1]);
         if (symlink(links[i][0], links[i][1]) < 0)
-            wrong = problem("cannot create %s", links[i][1]);
+            failure = problem("cannot create %s", links[i][1]);
     }
-    return wrong;
+    return failure;
 }
 
 static const char *mount_disk(const struct boot_config *config, const char *id, const char *path, const char *type,
@@ -122,8 +122,8 @@ static const char *mount_disk(const struct boot_config *config, const char *id, 
     return NULL;
 }
 
-/* Joins `lower` and the directories upper and work on `upper` into one tree at `path`. The overlay keeps its
- * own hold of both, so they vanish from the mount table. */
+/* Joins `lower` and the directories upper and work on `upper` into one tree at `path`. The overlay keeps references to
+ * both, so they are removed from the mount table. */
 static const char *join(const char *lower, const char *upper, const char *path)
 {
     char options[3 * PATH_MAX], dir[PATH_MAX];
@@ -148,7 +148,7 @@ static const char *join(const char *lower, const char *upper, const char *path)
     return NULL;
 }
 
-/* A writable volume, which gets what its place holds if it is fresh. */
+/* A writable volume; a fresh one gets the content of the directory that it covers. */
 static const char *mount_writable(const struct boot_config *config, const struct volume *volume, int wait_ms)
 {
     if (make_dirs(volume->path) < 0)
@@ -156,23 +156,23 @@ static const char *mount_writable(const struct boot_config *config, const struct
     int covered = open(volume->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (covered < 0)
         return problem("cannot open %s", volume->path);
-    const char *wrong = mount_disk(config, volume->disk_id, volume->path, volume->fs_type, false, wait_ms);
-    if (!wrong) {
+    const char *failure = mount_disk(config, volume->disk_id, volume->path, volume->fs_type, false, wait_ms);
+    if (!failure) {
         int root = open(volume->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         if (root < 0 || populate_volume(root, covered) < 0)
-            wrong = problem("cannot copy the content of %s to its volume", volume->path);
+            failure = problem("cannot copy the content of %s to its volume", volume->path);
         close_fd(&root);
-        if (wrong)
+        if (failure)
             umount2(volume->path, MNT_DETACH);
     }
     close_fd(&covered);
-    return wrong;
+    return failure;
 }
 
 #define FILES "/dev/shm/.hypeman-files"
 
-/* What went wrong with a file of the volume, and below which path the files are mounted, for `mount_file`. */
-static const char *files_wrong, *files_below;
+/* The error with a file of the volume, and the path below which files are mounted, for `mount_file`. */
+static const char *files_failure, *files_below;
 
 static int mount_file(const char *source, const struct stat *st, int type, struct FTW *walk)
 {
@@ -181,7 +181,7 @@ static int mount_file(const char *source, const struct stat *st, int type, struc
     char target[PATH_MAX];
     const char *path = source + strlen(FILES);
     if (type == FTW_DNR || type == FTW_NS) {
-        files_wrong = problem("cannot read %s of a volume", path);
+        files_failure = problem("cannot read %s of a volume", path);
         return 1;
     }
     if (type != FTW_F)
@@ -200,20 +200,20 @@ static int mount_file(const char *source, const struct stat *st, int type, struc
     }
     if (good && mount(source, target, NULL, MS_BIND, NULL) == 0)
         return 0;
-    files_wrong = problem("cannot mount the file %s", target);
+    files_failure = problem("cannot mount the file %s", target);
     return 1;
 }
 
-/* The mounts of the files keep the disk's file system when its own is gone. */
+/* The mounts of the files keep the disk's file system after its own mount is removed. */
 static const char *mount_files(const struct boot_config *config, const struct volume *volume, int wait_ms)
 {
-    files_wrong = mount_disk(config, volume->disk_id, FILES, volume->fs_type, volume->readonly, wait_ms);
+    files_failure = mount_disk(config, volume->disk_id, FILES, volume->fs_type, volume->readonly, wait_ms);
     files_below = strcmp(volume->path, "/") == 0 ? "" : volume->path;
-    if (!files_wrong && nftw(FILES, mount_file, 16, FTW_PHYS) < 0)
-        files_wrong = problem("cannot read the files of disk \"%s\"", volume->disk_id);
+    if (!files_failure && nftw(FILES, mount_file, 16, FTW_PHYS) < 0)
+        files_failure = problem("cannot read the files of disk \"%s\"", volume->disk_id);
     umount2(FILES, MNT_DETACH);
     rmdir(FILES);
-    return files_wrong;
+    return files_failure;
 }
 
 const char *mount_volume(const struct boot_config *config, const struct volume *volume, int wait_ms)
@@ -224,25 +224,25 @@ const char *mount_volume(const struct boot_config *config, const struct volume *
         return mount_writable(config, volume, wait_ms);
     if (!volume->overlay_disk_id)
         return mount_disk(config, volume->disk_id, volume->path, volume->fs_type, true, wait_ms);
-    /* Two directories on a file system in memory that nobody else sees for longer than this takes. */
+    /* Two directories on a file system in memory, removed again below. */
     static const char *const lower = "/dev/shm/.hypeman-lower", *const upper = "/dev/shm/.hypeman-upper";
-    const char *wrong = mount_disk(config, volume->disk_id, lower, volume->fs_type, true, wait_ms);
-    if (!wrong)
-        wrong = mount_disk(config, volume->overlay_disk_id, upper, "ext4", false, wait_ms);
-    if (!wrong)
-        wrong = join(lower, upper, volume->path);
-    if (!wrong) {
+    const char *failure = mount_disk(config, volume->disk_id, lower, volume->fs_type, true, wait_ms);
+    if (!failure)
+        failure = mount_disk(config, volume->overlay_disk_id, upper, "ext4", false, wait_ms);
+    if (!failure)
+        failure = join(lower, upper, volume->path);
+    if (!failure) {
         char path[PATH_MAX];
         snprintf(path, sizeof path, "%s/lost+found", volume->path);
         rmdir(path); /* the file system's, not the user's; kept if something is in it */
     }
-    if (wrong) {
+    if (failure) {
         umount2(lower, MNT_DETACH);
         umount2(upper, MNT_DETACH);
     }
     rmdir(lower);
     rmdir(upper);
-    return wrong;
+    return failure;
 }
 
 #define OWN_DISK "/dev/shm/.hypeman-disk"
@@ -273,9 +273,9 @@ static int make_own_dir(const char *path, int covered, char *own, size_t capacit
     return result;
 }
 
-/* An empty directory is put onto the instance's disk itself, as Docker puts it onto the host's: databases gain, and
- * container engines can have their overlays on it, which the kernel refuses on top of our own. One with content stays
- * where it is, rather than being copied. */
+/* An empty directory is placed on the instance's disk itself, as Docker places it on the host's: databases are faster,
+ * and container engines can have overlays on it, which the kernel refuses on an overlay. One with content is not copied
+ * and stays where it is. */
 static int move_to_own_disk(const char *path)
 {
     char own[PATH_MAX];
@@ -292,33 +292,33 @@ static int move_to_own_disk(const char *path)
 
 void make_volume_dirs(const struct boot_config *config)
 {
-    const char *wrong = NULL;
+    const char *failure = NULL;
     bool have_disk = config->overlay && config->volume_dir_count > 0;
     if (have_disk)
-        wrong = mount_disk(config, "overlay", OWN_DISK, "ext4", false, BOOT_DISK_WAIT_MS);
+        failure = mount_disk(config, "overlay", OWN_DISK, "ext4", false, BOOT_DISK_WAIT_MS);
     for (size_t i = 0; i < config->volume_dir_count; i++) {
         const char *path = config->volume_dirs[i];
         if (path[0] != '/' || strstr(path, "/../") || is_mounted_volume(config, path))
             continue;
-        if (make_dirs(path) < 0 || (have_disk && !wrong && move_to_own_disk(path) < 0))
+        if (make_dirs(path) < 0 || (have_disk && !failure && move_to_own_disk(path) < 0))
             log_line("the volume %s of the image: %s", path, strerror(errno));
     }
-    if (have_disk && !wrong)
+    if (have_disk && !failure)
         umount2(OWN_DISK, MNT_DETACH);
     rmdir(OWN_DISK);
-    if (wrong)
-        log_line("%s", wrong);
+    if (failure)
+        log_line("%s", failure);
 }
 
 const char *mount_root(const struct boot_config *config)
 {
-    const char *wrong = mount_disk(config, "root", "/lower", config->root_fs, true, BOOT_DISK_WAIT_MS);
-    if (!wrong && config->overlay)
-        wrong = mount_disk(config, "overlay", "/upper", "ext4", false, BOOT_DISK_WAIT_MS);
-    else if (!wrong && (make_dirs("/upper") < 0 || mount("tmpfs", "/upper", "tmpfs", 0, "mode=0755") < 0))
-        wrong = problem("cannot mount a writable layer in memory");
-    if (wrong)
-        return wrong;
+    const char *failure = mount_disk(config, "root", "/lower", config->root_fs, true, BOOT_DISK_WAIT_MS);
+    if (!failure && config->overlay)
+        failure = mount_disk(config, "overlay", "/upper", "ext4", false, BOOT_DISK_WAIT_MS);
+    else if (!failure && (make_dirs("/upper") < 0 || mount("tmpfs", "/upper", "tmpfs", 0, "mode=0755") < 0))
+        failure = problem("cannot mount a writable layer in memory");
+    if (failure)
+        return failure;
     if (config->overlay)
         overlay_fd = open("/upper", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     return join("/lower", "/upper", NEW_ROOT);
@@ -326,7 +326,7 @@ const char *mount_root(const struct boot_config *config)
 
 const char *switch_root(void)
 {
-    unlink("/init"); /* the initramfs lies in memory */
+    unlink("/init"); /* the initramfs is in memory */
     umount2("/dev", MNT_DETACH);
     umount2("/sys", MNT_DETACH);
     umount2("/proc", MNT_DETACH);
@@ -354,13 +354,12 @@ static size_t unmount_some(void)
     return unmounted;
 }
 
-void settle_disks(void)
+void quiesce_disks(void)
 {
     sync();
     while (unmount_some() > 0)
         ; /* a volume of files has a mount for each of them */
-    /* Freezing writes out the journal and marks the file system clean; unmounting it is impossible under a
-     * living root. */
+    /* Freezing writes out the journal and marks the file system clean; it cannot be unmounted below a root in use. */
     if (overlay_fd >= 0)
         ioctl(overlay_fd, FIFREEZE, 0);
     sync();

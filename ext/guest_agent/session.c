@@ -15,11 +15,11 @@
 #include "fields.h"
 #include "util.h"
 
-/* Granting in small coin would cost a frame each; in one piece it would let the stream run dry. */
+/* Granting in small amounts would cost a frame each; in one piece it would stall the stream. */
 #define GRANT_BYTES (WINDOW / 4)
 #define TERMINAL_EOF "\x04"
 #define RECORD_HEADER 5
-/* Records of few bytes take more than they hold; when there is no room for another one, output waits. */
+/* Extra space for the headers of small records; when there is no room for another record, output waits. */
 #define RECORDS_BYTES (KEPT_BYTES + KEPT_BYTES / 4)
 
 int64_t keep_ms = KEEP_MS;
@@ -50,7 +50,7 @@ size_t sessions_count(void)
 {
     size_t count = 0;
     for (size_t i = 0; i < MAX_SESSIONS; i++)
-        count += sessions[i].id && !is_detached(&sessions[i]) && !(sessions[i].kept && sessions[i].kept->told_end);
+        count += sessions[i].id && !is_detached(&sessions[i]) && !(sessions[i].kept && sessions[i].kept->exit_sent);
     return count;
 }
 
@@ -68,7 +68,7 @@ struct session *session_new(uint32_t id)
     }
     if (!found)
         return NULL;
-    if (found->id) /* the host does not count those that nobody has come back to */
+    if (found->id) /* the host does not count detached sessions */
         session_drop(found);
     *found = (struct session){.id = id, .child = {0, -1, -1, -1, -1}, .credit = WINDOW, .allowance = WINDOW};
     return found;
@@ -88,8 +88,8 @@ static void free_session(struct session *session)
     *session = (struct session){0};
 }
 
-/* Programs are killed with all their session. A worker is asked, and then finds its input at an end: it takes
- * back what it had begun. */
+/* Programs are killed with their whole session. A worker gets a signal, then the end of its input, and undoes what it
+ * began. */
 static void kill_child(struct session *session)
 {
     if (!session->child.pid || session->reaped)
@@ -126,7 +126,7 @@ bool session_keep(struct session *session, const uint8_t *key)
         return false;
     }
     memcpy(kept->key, key, KEY_BYTES);
-    kept->told_resumed = true;
+    kept->resumed_sent = true;
     session->kept = kept;
     session->credit = KEPT_BYTES;
     return true;
@@ -144,7 +144,7 @@ static void copy_record_header(uint8_t *at, uint8_t type, size_t length)
     put_u32(at + 1, (uint32_t)length);
 }
 
-/* Bytes that a new record can have. */
+/* Bytes that a new record can hold. */
 static size_t room_to_keep(const struct kept *kept)
 {
     size_t left = RECORDS_BYTES - kept->end;
@@ -168,7 +168,7 @@ static size_t kept_bytes(const struct kept *kept, size_t end)
     return bytes;
 }
 
-/* Forgets the first `count` bytes, which are there. */
+/* Drops the first `count` bytes; there are at least as many. */
 static void forget_output(struct kept *kept, size_t count)
 {
     size_t at = 0;
@@ -177,7 +177,7 @@ static void forget_output(struct kept *kept, size_t count)
         count -= get_u32(kept->records + at + 1);
         at += RECORD_HEADER + get_u32(kept->records + at + 1);
     }
-    if (count > 0) { /* what is left of the record gets a header in the place of what goes */
+    if (count > 0) { /* the rest of the record gets a header in place of dropped bytes */
         uint8_t type = kept->records[at];
         size_t left = get_u32(kept->records + at + 1) - count;
         at += count;
@@ -212,9 +212,9 @@ bool session_resume(struct session *opened, const uint8_t *key, uint64_t receive
         free_session(opened);
         forget_output(kept, received - kept->granted);
         kept->resend = 0;
-        kept->told_end = false;
+        kept->exit_sent = false;
         kept->detached = 0;
-        kept->told_resumed = false;
+        kept->resumed_sent = false;
         session->id = id;
         session->credit = (uint32_t)(KEPT_BYTES - kept_bytes(kept, kept->end));
         session->allowance = (uint32_t)(WINDOW - (session->input_end - session->input_begin));
@@ -239,7 +239,7 @@ void session_refuse(struct session *session, int code, const char *message)
     snprintf(session->message, sizeof session->message, "%s", message);
 }
 
-/* Writes to the child what is waiting; a child that no longer reads swallows it. */
+/* Writes buffered input to the child; what a child no longer reads is discarded. */
 static void push_input(struct session *session)
 {
     while (session->input_begin < session->input_end && session->child.in >= 0) {
@@ -310,7 +310,7 @@ void session_signal(struct session *session, int signal)
 {
     if (!session->child.pid || session->reaped)
         return;
-    /* A child of this very moment leads no group yet. */
+    /* A child that was just forked leads no group yet. */
     if (kill(-session->child.pid, signal) < 0)
         kill(session->child.pid, signal);
 }
@@ -355,7 +355,7 @@ static void put_exit(struct field_writer *writer, const struct session *session)
     put_text_field(writer, TAG_MESSAGE, session->message);
 }
 
-static void tell_end(struct channel *channel, struct session *session)
+static void send_exit(struct channel *channel, struct session *session)
 {
     uint8_t *at = channel_room(channel, 512);
     if (!at)
@@ -364,12 +364,12 @@ static void tell_end(struct channel *channel, struct session *session)
     put_exit(&writer, session);
     channel_send(channel, FRAME_EXIT, 0, session->id, writer.length);
     if (session->kept)
-        session->kept->told_end = true; /* the client may not have it yet */
+        session->kept->exit_sent = true; /* the client may not have it yet */
     else
         free_session(session);
 }
 
-static void tell_resumed(struct channel *channel, struct session *session)
+static void send_resumed(struct channel *channel, struct session *session)
 {
     uint8_t *at = channel_room(channel, 64);
     if (!at)
@@ -379,16 +379,16 @@ static void tell_resumed(struct channel *channel, struct session *session)
     put_u32_field(&writer, TAG_WAITING, WINDOW - session->allowance);
     put_u8_field(&writer, TAG_INPUT_ENDED, session->input_got_end);
     channel_send(channel, FRAME_RESUMED, 0, session->id, writer.length);
-    session->kept->told_resumed = true;
+    session->kept->resumed_sent = true;
 }
 
 /* Sends a resumed session's output again, as far as there is room. */
-static void send_again(struct channel *channel, struct session *session)
+static void resend_output(struct channel *channel, struct session *session)
 {
     struct kept *kept = session->kept;
-    if (!kept->told_resumed)
-        tell_resumed(channel, session);
-    while (kept->told_resumed && kept->resend < kept->end) {
+    if (!kept->resumed_sent)
+        send_resumed(channel, session);
+    while (kept->resumed_sent && kept->resend < kept->end) {
         const uint8_t *record = kept->records + kept->resend;
         size_t length = get_u32(record + 1);
         uint8_t *at = channel_room(channel, length);
@@ -400,19 +400,19 @@ static void send_again(struct channel *channel, struct session *session)
     }
 }
 
-static bool waits_to_send_again(const struct session *session)
+static bool must_resend(const struct session *session)
 {
     const struct kept *kept = session->kept;
-    return kept && !kept->detached && (!kept->told_resumed || kept->resend < kept->end);
+    return kept && !kept->detached && (!kept->resumed_sent || kept->resend < kept->end);
 }
 
-/* Bytes of output that may be read and sent now, but for the channel's room. */
+/* Bytes of output that may be read and sent now, apart from the channel's room. */
 static size_t may_send(const struct session *session)
 {
     size_t bytes = session->credit;
     if (!session->kept)
         return bytes;
-    if (is_detached(session) || waits_to_send_again(session))
+    if (is_detached(session) || must_resend(session))
         return 0;
     return bytes < room_to_keep(session->kept) ? bytes : room_to_keep(session->kept);
 }
@@ -446,13 +446,13 @@ void sessions_step(struct channel *channel)
                 session_drop(session);
             continue;
         }
-        if (waits_to_send_again(session))
-            send_again(channel, session);
+        if (must_resend(session))
+            resend_output(channel, session);
         if (session->consumed >= GRANT_BYTES)
             grant(channel, session);
-        if (session->reaped && session->child.out < 0 && session->child.err < 0 && !waits_to_send_again(session)
-            && !(session->kept && session->kept->told_end))
-            tell_end(channel, session);
+        if (session->reaped && session->child.out < 0 && session->child.err < 0 && !must_resend(session)
+            && !(session->kept && session->kept->exit_sent))
+            send_exit(channel, session);
     }
 }
 
@@ -528,10 +528,10 @@ int sessions_timeout(struct channel *channel)
         int64_t wait = -1;
         if (session->deadline)
             wait = session->deadline > now ? session->deadline - now : 0;
-        /* An ended child whose output nobody closes is not announced by poll. */
+        /* poll does not report that a child has ended whose output others keep open. */
         if (session->reaped && room && may_send(session) > 0 && (session->child.out >= 0 || session->child.err >= 0))
             wait = 0;
-        if (waits_to_send_again(session) && room)
+        if (must_resend(session) && room)
             wait = 0;
         if (is_detached(session)) {
             int64_t left = session->kept->detached + keep_ms - now;

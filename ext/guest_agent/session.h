@@ -27,8 +27,8 @@ struct kept {
     size_t end;
     size_t resend;     /* where the next record begins that must be sent again; `end`: none */
     uint64_t granted;  /* bytes of output that the client has */
-    bool told_end;     /* FRAME_EXIT was sent */
-    bool told_resumed; /* FRAME_RESUMED was sent, or need not be */
+    bool exit_sent;    /* FRAME_EXIT was sent */
+    bool resumed_sent; /* FRAME_RESUMED was sent, or need not be */
     int64_t detached;  /* since when there is no connection; 0: there is one */
 };
 
@@ -36,15 +36,15 @@ struct session {
     uint32_t id; /* 0: free slot; of a detached one, of its last connection */
     bool is_program, tty;
     bool reaped, timed_out, refused;
-    int status; /* of the child, as waitpid gave it; or the code to tell if there was none */
+    int status; /* of the child, as waitpid gave it; or the code to report if there was none */
     struct child child;
     uint32_t credit;    /* bytes that we may still send */
     uint32_t allowance; /* bytes that the host may still send */
     uint32_t consumed;  /* bytes to grant again */
-    uint8_t *input;     /* WINDOW bytes, made when the child is slower than the host */
+    uint8_t *input;     /* WINDOW bytes, allocated when the child is slower than the host */
     size_t input_begin, input_end;
     bool input_ends, input_got_end;
-    uint8_t *request; /* an OPEN of several frames, while it comes in */
+    uint8_t *request; /* an OPEN of several frames, while it arrives */
     size_t request_length;
     uint64_t received; /* bytes of input that the host has sent */
     int64_t deadline;  /* 0: none */
@@ -66,31 +66,31 @@ void sessions_lost(void);
 /* Keeps what runs in a session beyond its connection. False without memory for it. */
 bool session_keep(struct session *session, const uint8_t *key);
 void session_detach(struct session *session);
-/* The kept session with that key goes on under the id of `opened`, whose slot is freed. `received`: the bytes of output
- * that the client has. False if there is none, or none that can have sent so much. */
+/* The kept session with that key continues under the id of `opened`, whose slot is freed. `received`: the bytes of
+ * output that the client has. False if there is none, or none that can have sent so much. */
 bool session_resume(struct session *opened, const uint8_t *key, uint64_t received);
-/* The host's client has `count` more bytes. False if it was not sent so many. */
+/* The host's client has received `count` more bytes. False if fewer were sent. */
 bool session_granted(struct session *session, uint32_t count);
 
 void session_started(struct session *session, const struct child *child, bool is_program, bool tty, int64_t timeout_ms);
-/* No child: tells `code` and the message as the session's end. */
+/* Without a child: reports `code` and the message as the session's exit. */
 void session_refuse(struct session *session, int code, const char *message);
 
-/* Bytes of the host for the child. False if it sent more than it was allowed to. */
+/* Input from the host for the child. False if it is more than was granted. */
 bool session_input(struct session *session, const uint8_t *data, size_t length, bool end);
 void session_signal(struct session *session, int signal);
 void session_resize(struct session *session, uint16_t rows, uint16_t cols);
 /* True if the pid was a session's. */
 bool session_reap(pid_t pid, int status);
 
-/* Grants, ends and timeouts: whatever can be told now. */
+/* Sends grants and exits that are due, and handles timeouts. */
 void sessions_step(struct channel *channel);
-/* Adds what sessions wait for; they find it again by position. Returns the new count. */
+/* Adds what sessions wait for; sessions_io finds it again by position. Returns the new count. */
 size_t sessions_poll(struct channel *channel, struct pollfd *fds, size_t count);
 void sessions_io(struct channel *channel, const struct pollfd *fds, size_t count);
 /* Milliseconds to the next timeout, -1 for none. */
 int sessions_timeout(struct channel *channel);
-/* Sessions that have something to tell yet, and somebody to tell it. */
+/* Sessions with a connection whose exit has not been sent. */
 size_t sessions_count(void);
 
 #define SESSION_POLL_FDS (3 * MAX_SESSIONS)

@@ -1,4 +1,4 @@
-/* What lies at a path. Absence is an answer, not an error. */
+/* What exists at a path. Absence is an answer, not an error. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>

@@ -13,8 +13,8 @@
 
 #include "util.h"
 
-/* Overwrites an ordinary file as we make them, which takes the kernel less than to replace it; false if it is another
- * kind of file. */
+/* Overwrites a regular file with the attributes that ours have, which is cheaper than replacing it; false for any other
+ * file. */
 static bool overwrite_file(const char *path, const char *text)
 {
     struct stat st;
@@ -48,19 +48,19 @@ static bool is_mount(const char *path)
     return is;
 }
 
-/* Replaces whatever stands there: a dangling symlink of the image would otherwise lead the write astray. A file of a
- * volume is the user's, and wins. */
+/* Replaces whatever exists there: a write would follow a dangling symlink of the image. A file of a volume is the
+ * user's, and stays. */
 static int put_file(const char *path, const char *text)
 {
     struct stat st;
     if (is_mount(path)) {
-        log_line("%s is of a volume and stays as it is", path);
+        log_line("%s belongs to a volume and is not changed", path);
         return 0;
     }
     if (overwrite_file(path, text))
         return 0;
     if (lstat(path, &st) == 0 && S_ISDIR(st.st_mode) && rmdir(path) < 0) {
-        log_line("%s is a directory of the image and stays as it is", path);
+        log_line("%s is a directory of the image and is not changed", path);
         return 0;
     }
     unlink(path);
@@ -211,7 +211,7 @@ int install_cas(const struct ca_certificate *cas, size_t count)
     for (size_t i = 0; i < count; i++)
         if (append_to(CA_BUNDLE, cas[i].pem) < 0 || append_to(CA_ONLY, cas[i].pem) < 0)
             return -1;
-    /* An image without any store gets the one that most programs look for first. */
+    /* An image without a trust store gets the one that most programs look for first. */
     if (!had_bundle)
         for (size_t i = 0; i < count; i++) {
             if (i == 0 && put_file(BUNDLES[0], "") < 0)

@@ -1,4 +1,4 @@
-/* Files of the root that say who this machine is: host name, hosts, resolver, machine id, certificates. */
+/* Files of the root that identify this machine: host name, hosts, resolver, machine id, certificates. */
 #ifndef HM_SYSTEM_FILES_H
 #define HM_SYSTEM_FILES_H
 

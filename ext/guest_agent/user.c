@@ -150,7 +150,7 @@ const char *find_user(const char *text, struct user *user)
     return NULL;
 }
 
-int become_user(const struct user *user)
+int switch_user(const struct user *user)
 {
     if (setgroups(user->group_count, user->groups) < 0 || setgid(user->gid) < 0)
         return -1;

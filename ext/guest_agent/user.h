@@ -16,11 +16,11 @@ struct user {
     const char *name; /* empty if the number has no name */
 };
 
-/* "", "name", "uid", "name:group", "uid:gid", ":group" in any mixture; "" is root. NULL or what is wrong, as Docker says
- * it. Allocates, and frees nothing: it runs in the child that becomes the program. */
+/* "", "name", "uid", "name:group", "uid:gid", ":group" in any mixture; "" is root. NULL, or an error message in
+ * Docker's words. Allocates, and frees nothing: it runs in the child that becomes the program. */
 const char *find_user(const char *text, struct user *user);
 
-/* For a child: takes on groups, gid and uid. 0 or -1 with errno. */
-int become_user(const struct user *user);
+/* For a child: sets groups, gid and uid. 0 or -1 with errno. */
+int switch_user(const struct user *user);
 
 #endif

@@ -134,6 +134,6 @@ void log_line(const char *format, ...)
     if (fd < 0)
         return;
     if (write(fd, line, (size_t)length < sizeof line ? (size_t)length : sizeof line - 1) < 0)
-        errno = 0; /* the kernel's log is a courtesy */
+        errno = 0; /* best effort */
     close(fd);
 }

@@ -1,4 +1,4 @@
-/* Small things that every other file wants. */
+/* Small functions that every other file uses. */
 #ifndef HM_UTIL_H
 #define HM_UTIL_H
 
@@ -17,7 +17,7 @@ void sleep_ms(int ms);
 bool write_all(int fd, const void *data, size_t length);
 bool read_all(int fd, void *data, size_t length);
 
-/* One small file in one go; -1 with errno set on failure. Read text ends in NUL, its last newline is gone. */
+/* One small file in one go; -1 with errno set on failure. Text that was read ends in NUL, without its last newline. */
 int write_file(const char *path, const char *text);
 ssize_t read_file(const char *path, char *buffer, size_t capacity);
 

@@ -1,4 +1,4 @@
-/* Volumes that come and go while the guest runs. */
+/* Mounts and unmounts volumes while the guest runs. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -27,8 +27,8 @@ int mount_worker(struct field_reader *request)
     struct field field;
     if (!next_field(request, &field) || field.tag != TAG_VOLUME || !parse_volume(&volume, field.value, field.length))
         return worker_failed(EINVAL, "volume");
-    const char *wrong = mount_volume(NULL, &volume, HOT_PLUG_WAIT_MS);
-    return wrong ? worker_failed(0, "%s", wrong) : 0;
+    const char *failure = mount_volume(NULL, &volume, HOT_PLUG_WAIT_MS);
+    return failure ? worker_failed(0, "%s", failure) : 0;
 }
 
 /* Whether a link of /proc leads onto the device. */
@@ -75,8 +75,8 @@ static bool holds(const char *pid, dev_t device)
     return found || maps_device(pid, device);
 }
 
-/* Tells who keeps the volume from being unmounted: "12 (postgres)" for each. */
-static void tell_holders(dev_t device)
+/* Reports which processes keep the volume from being unmounted: "12 (postgres)" for each. */
+static void report_holders(dev_t device)
 {
     uint8_t buffer[4096];
     struct field_writer writer = {buffer, sizeof buffer, 0, false};
@@ -110,7 +110,7 @@ int unmount_worker(struct field_reader *request)
     snprintf(above, sizeof above, "%s/..", path);
     if (stat(path, &st) < 0)
         return errno == ENOENT ? 0 : worker_failed(errno, "%s", path);
-    /* Unmounted already: a repeated request is content. */
+    /* Unmounted already: a repeated request succeeds. */
     if (stat(above, &parent) < 0 || parent.st_dev == st.st_dev)
         return 0;
     sync();
@@ -118,6 +118,6 @@ int unmount_worker(struct field_reader *request)
         return 0;
     int error = errno;
     if (error == EBUSY)
-        tell_holders(st.st_dev);
+        report_holders(st.st_dev);
     return worker_failed(error, "%s", path);
 }

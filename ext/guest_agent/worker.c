@@ -54,7 +54,7 @@ int start_worker(worker_function function, bool in_guest, const uint8_t *request
 {
     int in[2] = {-1, -1}, out[2] = {-1, -1}, err[2] = {-1, -1};
     pid_t pid = -1;
-    bool joined = in_guest && join_init_pids(); /* or the init's /proc would not know us */
+    bool joined = in_guest && join_init_pids(); /* or the init's /proc would not show us */
     if (pipe2(in, O_CLOEXEC) == 0 && pipe2(out, O_CLOEXEC) == 0 && pipe2(err, O_CLOEXEC) == 0)
         pid = fork();
     int error = errno;
@@ -63,12 +63,12 @@ int start_worker(worker_function function, bool in_guest, const uint8_t *request
         dup2(in[0], 0);
         dup2(out[1], 1);
         dup2(err[1], 2);
-        const char *wrong = in_guest ? join_init_files() : NULL;
-        /* What others hold must end when they let go of it. */
+        const char *failure = in_guest ? join_init_files() : NULL;
+        /* Copies of other sessions' pipes would keep these open. */
         syscall(SYS_close_range, 3, ~0U, 0);
         umask(0);
-        if (wrong)
-            _exit(worker_failed(errno, "%s", wrong));
+        if (failure)
+            _exit(worker_failed(errno, "%s", failure));
         struct field_reader reader = read_fields(request, length);
         _exit(function(&reader) & 0xff);
     }

@@ -24,12 +24,12 @@
 
 static struct child child = {0, -1, -1, -1, -1};
 static bool running, ended, is_init;
-/* How long a host that does not tell the time can delay the program. */
+/* How long a host that does not set the clock can delay the program. */
 #define CLOCK_WAIT_MS 3000
 static const struct boot_config *held; /* what is to be started */
 static int64_t hold_until;
 static int console = -1;
-/* What the program printed and the console has not taken yet. A slow console slows the program, no more. */
+/* Output of the program that the console has not taken yet. A slow console slows the program, no more. */
 static uint8_t pump[PUMP_BYTES];
 static size_t pump_begin, pump_end;
 
@@ -42,9 +42,9 @@ static void set_raw(int fd)
     }
 }
 
-/* The log has a port of its own where the VMM gives one: a serial line costs an exit from the guest for each
- * byte (0.3 MB/s without KVM on a busy host, where the port did 2.6). Otherwise it is the console, raw, so that
- * a line feed stays a line feed and the log holds exactly what was printed. */
+/* The log has a port of its own where the VMM has one: a serial line costs an exit from the guest for each byte (0.3
+ * MB/s without KVM on a busy host, where the port did 2.6). Otherwise it is the console, raw, so that a line feed stays
+ * a line feed and the log holds exactly what was printed. */
 static void open_console(const char *path)
 {
     if (!*path)
@@ -61,8 +61,8 @@ static void open_console(const char *path)
 void workload_prepare(const struct boot_config *config)
 {
     open_console(config->console);
-    write_file(CONTROLLERS, "+memory"); /* tells an end by lack of memory apart */
-    is_init = !config->idle && wants_pid1(config);
+    write_file(CONTROLLERS, "+memory"); /* shows whether lack of memory ended it */
+    is_init = !config->idle && needs_pid1(config);
     if (is_init) {
         /* An init divides what it is given; one by one, as the kernel may lack a controller. */
         write_file(CONTROLLERS, "+cpu");
@@ -75,7 +75,7 @@ void workload_prepare(const struct boot_config *config)
     mkdir(EXEC_CGROUP, 0755);
 }
 
-static void tell_ready(void)
+static void report_ready(void)
 {
     uint8_t buffer[512];
     struct field_writer ready = {buffer, sizeof buffer, 0, false};
@@ -91,16 +91,16 @@ static void end_unstarted(const char *message)
     put_text_field(&writer, TAG_MESSAGE, message);
     event_happened(EVENT_FATAL, &writer);
     ended = true;
-    console_say(message);
+    console_print(message);
 }
 
 void workload_fatal(const char *message)
 {
-    tell_ready();
+    report_ready();
     end_unstarted(message);
 }
 
-/* Takes the place of the program where none is wanted: it only waits, and ends by the stop signal. */
+/* Runs in place of the program in an idle instance: it only waits, and ends by the stop signal. */
 static bool start_idler(void)
 {
     pid_t pid = fork();
@@ -151,7 +151,7 @@ static void release(void)
     held = NULL;
     phase_done("clock");
     start(config);
-    tell_ready();
+    report_ready();
 }
 
 int workload_step(void)
@@ -159,7 +159,7 @@ int workload_step(void)
     if (!held)
         return -1;
     int64_t left = hold_until - now_ms();
-    if (!clock_is_told() && left > 0)
+    if (!clock_was_set() && left > 0)
         return (int)left;
     release();
     return -1;
@@ -180,8 +180,8 @@ void workload_signal(int signal)
         kill(child.pid, signal);
 }
 
-/* systemd takes SIGTERM for "re-execute yourself"; SIGRTMIN+3 (as glibc counts) ends it, as container managers know.
- * Others, and images that name a signal of their own, get that. */
+/* systemd re-executes itself on SIGTERM; SIGRTMIN+3 (as glibc counts) halts it, which container managers send, too.
+ * Others, and images that name a signal, get theirs. */
 #define SYSTEMD_HALT 37
 
 void workload_stop(int signal)
@@ -224,11 +224,11 @@ bool workload_reap(pid_t pid, int status)
         put_u32_field(&writer, TAG_EXIT_CODE, (uint32_t)failure.exit_code);
     } else {
         int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
-        /* How the kernel tells that an init powered its namespace off, or rebooted it. */
+        /* How the kernel reports that an init powered its namespace off, or rebooted it. */
         if (is_init && (signal == SIGINT || signal == SIGHUP))
             signal = status = 0;
         int code = signal ? 128 + signal : WEXITSTATUS(status);
-        event_happened(EVENT_STARTED, NULL); /* it may have been quicker than the news of its start */
+        event_happened(EVENT_STARTED, NULL); /* it may have ended before its start was reported */
         put_u32_field(&writer, TAG_EXIT_CODE, (uint32_t)code);
         put_u32_field(&writer, TAG_SIGNAL, (uint32_t)signal);
         put_u8_field(&writer, TAG_OOM, code == 128 + SIGKILL && oom_kills() > 0);
@@ -248,7 +248,7 @@ size_t workload_poll(struct pollfd *fds, size_t count)
     return count;
 }
 
-/* The failure pipe ends without a word when the program is executed. */
+/* The failure pipe closes without data when the program is executed. */
 static bool ended_empty(int fd)
 {
     struct pollfd poller = {fd, POLLIN, 0};
@@ -287,12 +287,12 @@ bool workload_drained(void)
     return child.out < 0 && pump_begin == pump_end;
 }
 
-void console_say(const char *line)
+void console_print(const char *line)
 {
     char text[600];
     if (console < 0)
         open_console("");
     int n = snprintf(text, sizeof text, "hypeman: %s\n", line);
     if (console >= 0 && write(console, text, (size_t)n < sizeof text ? (size_t)n : sizeof text - 1) < 0)
-        errno = 0; /* nobody left to tell */
+        errno = 0; /* best effort */
 }

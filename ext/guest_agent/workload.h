@@ -1,4 +1,4 @@
-/* The main process: started once, its output pumped to the console, its end told apart. */
+/* The main process: started once, its output copied to the console, its end reported. */
 #ifndef HM_WORKLOAD_H
 #define HM_WORKLOAD_H
 
@@ -15,10 +15,9 @@
 
 /* Makes the control groups and opens the console. */
 void workload_prepare(const struct boot_config *config);
-/* Starts the image's program as soon as the host has told the time, or is not there to tell it. */
+/* Starts the image's program once the host has set the clock, or after a time limit. */
 void workload_hold(const struct boot_config *config);
-/* Starts what is held back, if it is time; what goes wrong becomes EVENT_FATAL. Milliseconds until it is looked at
- * again, -1 for never. */
+/* Starts the held program when due; an error becomes EVENT_FATAL. Milliseconds until the next call, -1 for none. */
 int workload_step(void);
 /* There will be no main process: EVENT_FATAL, and a line on the console. */
 void workload_fatal(const char *message);
@@ -27,9 +26,9 @@ bool workload_running(void);
 bool workload_ended(void);
 /* Sends a signal to it. */
 void workload_signal(int signal);
-/* Asks it to end, with this signal or the one that its kind of init understands. */
+/* Asks it to end, with this signal or the one that its kind of init takes. */
 void workload_stop(int signal);
-/* True if the pid was it; its end becomes EVENT_EXITED. */
+/* True if the pid was its; its end becomes EVENT_EXITED. */
 bool workload_reap(pid_t pid, int status);
 /* All that it printed is on the console. */
 bool workload_drained(void);
@@ -37,6 +36,6 @@ bool workload_drained(void);
 size_t workload_poll(struct pollfd *fds, size_t count);
 void workload_io(void);
 /* A line on the console, before the end. */
-void console_say(const char *line);
+void console_print(const char *line);
 
 #endif

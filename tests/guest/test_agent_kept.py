@@ -75,7 +75,7 @@ async def test_the_exit_code_waits_for_its_client(agent: Agent) -> None:
         assert isinstance(result, ExecResult) and result.exit_code == 9
         session.end()
         await session.aclose()
-        with pytest.raises(NotFound, match="no such program"):
+        with pytest.raises(NotFound, match="no longer kept"):
             await client.resume(session.key, 0)
 
 
