@@ -205,7 +205,7 @@ def rewrite_head(bytes data, rules, bytes tls_name, bint explicit_proxy, uint16_
 
 
 def decide_access(rules, bytes host, uint16_t port, bytes method, bytes target, bint override, int64_t now_s):
-    """What compiled rules say of a request: the reason and the name of the rule. Raises ValueError."""
+    """How compiled rules decide a request: the reason and the name of the rule. Raises ValueError."""
     cdef const uint8_t[:] view = rules
     cdef char rule[64]
     cdef const char *name = host
@@ -227,8 +227,8 @@ cdef text text_of(bytes data):
 
 
 def scrub(list texts, list pieces):
-    """What becomes of each piece of a stream, and at its end of what was kept back: as ext/egress/echo.c does it. `texts`:
-    pairs of what is replaced and by what."""
+    """The output for each piece of a stream, and at its end for what was kept back, as ext/egress/echo.c makes it.
+    `texts`: pairs of a text and its replacement."""
     cdef text piece
     cdef bytes unsure = b""
     cdef size_t at, used
@@ -307,7 +307,7 @@ cdef class Sites:
 def _text(data):
     """`data`, which must end with a zero byte."""
     if len(data) == 0 or data[-1] != 0:
-        raise ValueError("a text without its end")
+        raise ValueError("a text that does not end with a zero byte")
     return data
 
 
@@ -388,7 +388,7 @@ cdef class Engine:
             raise OSError("the threads of the data plane cannot be started")
 
     def accept(self):
-        """Takes connections; those that came since the sockets listen have waited."""
+        """Accepts connections, also those that were queued since the sockets listen."""
         engine_accept(self._e)
 
     def drain(self, unsigned grace_ms):
@@ -403,7 +403,7 @@ cdef class Engine:
             engine_join(self._e)
 
     def set_policy(self, bytes address, bytes instance, snapshot):
-        """Swaps the rules of a source address; from the return on every request is decided by the new ones."""
+        """Swaps the rules of a source address; after the return every request is decided by the new ones."""
         cdef const uint8_t[:] view = snapshot
         cdef const uint8_t *data = &view[0] if view.shape[0] else NULL
         if engine_set_policy(self._e, address, instance, data, <size_t>view.shape[0]) != 0:
@@ -431,14 +431,14 @@ cdef class Engine:
         engine_unlisten(self._e, port)
 
     def forget(self, bytes instance):
-        """What is known about where it is, or with None where any is, is no longer true."""
+        """The known address of an instance, or with None of all, is no longer valid."""
         cdef const char *name = NULL
         if instance is not None:
             name = instance
         engine_forget(self._e, name)
 
     def part(self, bytes instance):
-        """It has ended, and so have the exchanges with it."""
+        """An instance has ended: ends the exchanges with it."""
         engine_part(self._e, instance)
 
     def certify(self, bytes name, chain, key):
@@ -449,7 +449,7 @@ cdef class Engine:
             raise ValueError("no certificate with its key")
 
     def challenge(self, bytes name, bytes token, bytes proof, chain, key):
-        """What shows a public CA that the name is ours."""
+        """What proves to a public CA that the name is ours."""
         cdef const uint8_t[:] first = _text(chain), second = _text(key)
         if not engine_challenge(self._e, name, token, proof, <const char *>&first[0], <const char *>&second[0]):
             raise ValueError("no certificate with its key, or too long")
@@ -511,8 +511,8 @@ cdef class Engine:
         return {name: engine_in_use(self._e, <bound>i) for i, name in enumerate(BOUNDS)}
 
     def largest(self):
-        """The instance that holds the most, by bound, and how much that is; a bound of which nobody holds any is not
-        there."""
+        """The instance that holds the most, by bound, and how much that is; a bound of which nobody holds any is
+        omitted."""
         cdef unsigned i
         cdef char instance[INSTANCE_MAX]
         found = {}

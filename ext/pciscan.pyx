@@ -1,17 +1,15 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """One pass over ``<sysfs>/bus/pci/devices``, without the GIL and without a Python object per file.
 
-System calls are what a scan costs (1 to 4 µs each; a name that does not exist is the dearest), so
-it asks for few of them:
+System calls are what a scan costs (1 to 4 µs each; a name that does not exist is the most expensive), so it makes few:
 
 - ``uevent`` holds driver, class, vendor, device and subsystem in one file.
 - A bridge is never passed through: of it only that, and its IOMMU group, is read.
-- A virtual function has the vendor of its physical one and a higher address, so ``physfn`` is asked
-  for only behind a function of that vendor that can have virtual ones.
-- All endpoints of a bus are on the NUMA node of the bus, so the first one is asked.
-- ``sriov_numvfs`` is never read: the kernel takes the device's lock for it and would make us wait
-  behind a driver that will not let go, and the ``physfn`` links tell the number anyway. Nor is
-  ``config``, which wakes a sleeping device.
+- A virtual function has the vendor of its physical one and a higher address, so ``physfn`` is read only after a
+  function of that vendor that can have virtual ones.
+- All endpoints of a bus are on the NUMA node of the bus, so only the first one's is read.
+- ``sriov_numvfs`` is never read: the kernel takes the device's lock for it and would make us wait for a driver that
+  holds it, and the ``physfn`` links give the number anyway. Nor is ``config``, which wakes a sleeping device.
 
 ``look`` reads only what can change: which entries there are and which driver each one has. The
 inode number that comes with each entry tells a device that was replaced at the same address.
@@ -82,7 +80,7 @@ cdef struct Problem:
     int error
 
 
-# Small things in C
+# Helpers
 
 cdef inline int hex_digit(char c) noexcept nogil:
     if c'0' <= c <= c'9':
@@ -144,7 +142,7 @@ cdef int compare(const void *a, const void *b) noexcept nogil:
 
 
 cdef void join(char *target, const char *first, const char *second) noexcept nogil:
-    """Both strings, one behind the other; the caller has seen to the room."""
+    """Both strings, concatenated; the caller ensures that there is room."""
     cdef size_t length = strlen(first)
     memcpy(target, first, length)
     memcpy(target + length, second, strlen(second) + 1)
@@ -247,7 +245,7 @@ cdef inline bint same_bus(const Function *f, const Function *other) noexcept nog
 
 
 cdef int read_function(int top, Function *f, const Function *neighbour, Vendors *physical) noexcept nogil:
-    """Fill ``f`` by its address: 0, or the errno that says why it cannot be known.
+    """Fill ``f`` by its address: 0, or an errno.
 
     ``neighbour`` is the endpoint that was read before it, or NULL; ``physical`` the vendors of which
     there are physical functions so far, NULL if that is not known.
@@ -337,7 +335,7 @@ cdef class Scanner:
         return [(text_of(self._problems[i].name), self._problems[i].error) for i in range(self._problem_count)]
 
     def scan(self):
-        """Read everything anew: one row per function, in order of address.
+        """Read everything again: one row per function, in order of address.
 
         Raises OSError if the directory itself cannot be read.
         """

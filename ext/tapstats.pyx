@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""Counters of all links in one netlink dump, asked and parsed without the GIL.
+"""Counters of all links in one netlink dump, requested and parsed without the GIL.
 
 RTM_GETSTATS with a filter for IFLA_STATS_LINK_64 answers with the index and the 64-bit counters of
-each link and nothing else: 12 datagrams for 500 TAPs. Objects are made only at the end, one tuple a link.
+each link and nothing else: 12 datagrams for 500 TAPs. Objects are made only at the end, one tuple per link.
 
 The readable twin and test oracle is hypeman/_native/tapstats_py.py; both answer alike, also for
 malformed datagrams. Measured numbers are in ext/README.md.

@@ -7,7 +7,7 @@ from libc.string cimport memcpy
 
 
 cdef void exclusive_or(const uint8_t *source, uint8_t *target, Py_ssize_t size, const uint8_t *key) noexcept nogil:
-    """``size`` bytes of ``source`` XOR the eight bytes of ``key``, which repeat, to ``target``; both may be the same."""
+    """``size`` bytes of ``source`` XOR the eight bytes of ``key``, repeated, to ``target``; both may be the same."""
     cdef uint64_t whole, word
     cdef Py_ssize_t at = 0
     memcpy(&whole, key, 8)
@@ -25,7 +25,7 @@ def unmasked(const uint8_t[::1] data, Py_ssize_t begin, Py_ssize_t end, key, Py_
     """``data[begin:end]`` without its mask; ``before`` bytes of the same payload came earlier."""
     cdef uint8_t repeated[8]
     if not 0 <= begin <= end <= data.shape[0] or len(key) != 4 or before < 0:
-        raise ValueError("a part that is not in the data, or a key that has not four bytes")
+        raise ValueError("the range is outside of the data, or the key does not have four bytes")
     for i in range(8):
         repeated[i] = <uint8_t>key[(i + before) % 4]
     result = PyBytes_FromStringAndSize(NULL, end - begin)
@@ -35,7 +35,7 @@ def unmasked(const uint8_t[::1] data, Py_ssize_t begin, Py_ssize_t end, key, Py_
 
 
 cdef class Masker:
-    """Masks or unmasks a payload that comes in parts."""
+    """Masks or unmasks a payload that arrives in parts."""
 
     cdef uint8_t _key[8]
 

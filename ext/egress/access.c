@@ -1,8 +1,9 @@
 /* See access.h.
  *
- * Encoding, little-endian: u8 default; u8 observe; u16 rules; u32 names, methods and paths of all; then each rule: text
- * name; u8 action; u8 record; u8 every host; i64 until; u8 n and u16 ports; u8 n and texts of methods; u8 n and texts of
- * paths; u16 n and hosts, each u8 kind (0 exact, 1 one label more, 2 one or more) and text. A text is u16 length and bytes.
+ * Encoding, little-endian: u8 default; u8 observe; u16 rules; u32 names, methods and paths of all; then for each rule:
+ * text name; u8 action; u8 record; u8 every host; i64 until; u8 n and u16 ports; u8 n and texts of methods; u8 n and
+ * texts of paths; u16 n and hosts, each u8 kind (0 exact, 1 one label more, 2 one or more) and text. A text is u16
+ * length and bytes.
  */
 #include "access.h"
 
@@ -89,7 +90,7 @@ static void link_entries(struct access *a, unsigned entries)
 {
     for (uint32_t i = 0; i <= a->mask; i++)
         a->heads[i] = NONE;
-    for (unsigned i = entries; i--;) { /* from behind, so that chains are in the order of the rules */
+    for (unsigned i = entries; i--;) { /* backwards, so that chains are in the order of the rules */
         struct entry *e = &a->entries[i];
         uint32_t *head = &a->heads[hash_of(e->host.p, e->host.n, e->kind) & a->mask];
         e->next = *head;
@@ -178,7 +179,8 @@ static bool begins_parameters(const char *p, size_t n)
     return *p == ';' || (n >= 3 && memcmp(p, "%3B", 3) == 0);
 }
 
-/* A segment that some servers resolve or drop: empty, "." or "..", also with parameters behind (";", also encoded). */
+/* A segment that some servers resolve or drop: empty, "." or "..", also with parameters after it (";", also encoded).
+ * */
 static bool is_odd(const char *p, size_t n, bool last)
 {
     if (n == 0)
@@ -238,8 +240,8 @@ static char lower(char c)
     return c >= 'A' && c <= 'Z' ? (char)(c + 'a' - 'A') : c;
 }
 
-/* The path as a server may read it that knows parameters of segments (";", also encoded) and no case: in lower case, without
- * the parameters, and without segments that consist of nothing else. */
+/* The path as read by a server that drops parameters of segments (";", also encoded) and ignores case: in lower case,
+ * without the parameters, and without segments that consist of nothing else. */
 static struct str loose_path(struct str path, char *room)
 {
     uint32_t n = 0;
@@ -263,7 +265,7 @@ static struct str without_slash(struct str path)
     return path;
 }
 
-/* In whatever case if the path is in lower case. */
+/* `any_case`: the path is in lower case, the pattern in any. */
 static bool path_matches(struct str pattern, struct str path, bool any_case)
 {
     uint32_t i = 0, k = 0;
@@ -318,7 +320,7 @@ static bool method_matches(const struct access_rule *rule, struct str method)
     return !rule->methods;
 }
 
-/* Looks at a rule that covers the host. */
+/* Considers a rule that covers the host. */
 static void consider(struct search *s, unsigned number_of)
 {
     const struct access_rule *rule = &s->a->rules[number_of];
@@ -361,7 +363,7 @@ static void look_up(struct search *s, const char *name, size_t n, unsigned kind)
     }
 }
 
-/* Leaves the first rule that matches in s->best; each list is in order, so the first of a list is its only candidate. */
+/* Leaves the first rule that matches in s->best; lists are in order, so the first of each is its only candidate. */
 static void find(struct search *s)
 {
     const struct access *a = s->a;

@@ -1,8 +1,8 @@
 /* Where an instance may go: ordered rules on hosts, ports, methods and paths, the first that matches decides, else a
- * default. Pure. hypeman/egress/rules.py writes the encoding and is the readable twin, with which the tests compare this.
+ * default. Pure. hypeman/egress/rules.py writes the encoding and is the readable twin that the tests compare with.
  *
- * A look-up costs one hash table probe for the name and one for each of its parent domains, however many rules there are;
- * only rules that name the same host are looked at one after the other.
+ * A look-up costs one hash table probe for the name and one for each of its parent domains, however many rules there
+ * are; only rules that name the same host are searched linearly.
  */
 #ifndef HYPEMAN_EGRESS_ACCESS_H
 #define HYPEMAN_EGRESS_ACCESS_H
@@ -43,7 +43,7 @@ struct access_answer {
     enum access_action action;
     const struct access_rule *rule; /* NULL: the default */
     bool ambiguous;                 /* the path could be read in two ways, and a rule on paths would have to decide */
-    bool has_method;                /* a rule on methods had a say */
+    bool has_method;                /* a rule on methods was involved */
 };
 
 /* What is known of a connection before there is a request. */

@@ -25,7 +25,7 @@ static const struct network SPECIAL_V6[] = {
     {{{0x3f, 0xff}}, 20},
 };
 
-/* What an instance may be allowed to reach besides: no metadata services, no addresses of a host itself. */
+/* What an instance may also be allowed to reach: no metadata services, no addresses of a host itself. */
 static const struct network PRIVATE[] = {
     {{{0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10}}, 104},
     {{{0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 172, 16}}, 108},

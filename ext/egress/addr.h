@@ -1,8 +1,8 @@
 /* Which addresses a guest's traffic may be carried to. Pure.
  *
- * Addresses are kept as 16 bytes, IPv4 as ::ffff:a.b.c.d, so that one rule holds for both families and a mapped
- * address is no way round. Anything that is not plainly a public unicast address is forbidden; configuration may
- * allow networks of it, and may deny others. Denying wins.
+ * Addresses are kept as 16 bytes, IPv4 as ::ffff:a.b.c.d, so that one rule holds for both families and a mapped address
+ * bypasses none. Anything that is not clearly a public unicast address is forbidden; configuration may allow networks
+ * of it, and may deny others. Denying wins.
  */
 #ifndef HYPEMAN_EGRESS_ADDR_H
 #define HYPEMAN_EGRESS_ADDR_H
@@ -24,7 +24,7 @@ struct network {
 
 enum { MAX_NETWORKS = 64 };
 
-/* Private networks in the host's surroundings: as configured, or opened or closed for one instance. */
+/* Private networks around the host: as configured, or opened or closed for one instance. */
 enum private { PRIVATE_AS_CONFIGURED, PRIVATE_OPEN, PRIVATE_CLOSED };
 
 struct reach {

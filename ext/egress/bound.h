@@ -1,4 +1,4 @@
-/* What an instance, and all of them together, may hold at once. Shared by the loops, without locks. */
+/* Limits on what an instance, and all together, may hold at once. Shared by the loops, without locks. */
 #ifndef HYPEMAN_EGRESS_BOUND_H
 #define HYPEMAN_EGRESS_BOUND_H
 
@@ -12,7 +12,7 @@ enum bound {
     B_STREAMS,     /* requests that are not complete */
     B_HANDSHAKES,  /* TLS handshakes with guests that are not complete */
     B_DESCRIPTORS,
-    B_BYTES,   /* in buffers; above it, a connection is read only when what was read of it before has gone */
+    B_BYTES,   /* in buffers; above it, a connection is read only when what it sent before has been passed on */
     B_WINDOWS, /* bytes that peers may send unasked in HTTP/2 beyond the protocol's default; bounded as B_BYTES */
     B_COUNT,
 };
@@ -30,7 +30,7 @@ struct bounds {
 
 /* No instance gets more than half of all. B_WINDOWS is set from B_BYTES. */
 void bounds_init(struct bounds *b, const uint64_t *each, const uint64_t *total);
-/* Takes n for an instance and for all. False, and nothing taken, if one of them has no more. */
+/* Takes n for an instance and for all. False, and nothing is taken, if that exceeds a limit. */
 bool bound_take(struct bounds *b, struct usage *one, enum bound what, int64_t n);
 void bound_give(struct bounds *b, struct usage *one, enum bound what, int64_t n);
 

@@ -110,7 +110,7 @@ SSL *certs_session(struct certs *c, const struct host *name, bool challenge)
         ctx = at ? at->ctx : NULL;
     }
     if (ctx)
-        ssl = SSL_new(ctx); /* holds it */
+        ssl = SSL_new(ctx); /* takes a reference */
     (void)pthread_mutex_unlock(&c->lock);
     return ssl;
 }

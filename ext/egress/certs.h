@@ -1,7 +1,7 @@
-/* Certificates of ingresses by host name, and what a name that a public CA validates shows. Shared by the loops.
+/* Certificates of ingresses by host name, and the answers for names that a public CA validates. Shared by the loops.
  *
- * A hello for a name is answered with the certificate of just this name or else of "*." and its parent. Connections keep
- * what they began with when it is replaced.
+ * A hello for a name is answered with the certificate of just this name or else of "*." and its parent. Connections
+ * keep the one they began with when it is replaced.
  */
 #ifndef HYPEMAN_EGRESS_CERTS_H
 #define HYPEMAN_EGRESS_CERTS_H
@@ -24,8 +24,8 @@ void certs_init(struct certs *c);
 void certs_destroy(struct certs *c);
 /* Takes over the context; NULL: the name has no certificate. False without memory. */
 bool certs_put(struct certs *c, const char *name, SSL_CTX *ctx);
-/* The same for a name that is validated: HTTP-01's token with its answer, and the context for TLS-ALPN-01; empty and NULL:
- * it has none. */
+/* The same for a name that is validated: HTTP-01's token with its answer, and the context for TLS-ALPN-01; empty and
+ * NULL: none. */
 bool certs_challenge(struct certs *c, const char *name, const char *token, const char *proof, SSL_CTX *ctx);
 
 /* A new session, or NULL. `challenge`: the one for TLS-ALPN-01. */

@@ -1,10 +1,10 @@
 /* See chain.h. First OpenSSL's own path, which is nearly always the one. If it fails, a search over all paths: depth
- * first, an issuer being any certificate that bears the name, trusted ones first. Each complete path is verified by
- * OpenSSL as if the host had sent just that one, under the same parameters (host name, purpose, strictness, time), so
- * nothing is decided here that OpenSSL would not decide.
+ * first, an issuer being any certificate of the name, trusted ones first. Each complete path is verified by OpenSSL as
+ * if the host had sent just that one, under the same parameters (host name, purpose, strictness, time), so nothing is
+ * decided here that OpenSSL would not decide.
  *
  * Key identifiers only help to choose among issuers (RFC 5280 4.2.1.1); one that fits none forbids none, as a signature
- * decides. The bounds are for hosts that send a tangle: at most MAX_PATHS are verified and MAX_STEPS looked at.
+ * decides. The bounds are for hosts that send many certificates: at most MAX_PATHS are verified and MAX_STEPS tried.
  */
 #include "chain.h"
 

@@ -1,5 +1,6 @@
-/* Which chain of certificates proves a host's name. OpenSSL follows one path and gives up where it ends; hosts send cross
- * signs, old roots and expired intermediates beside good ones, and Go and browsers try them all. So do we, within bounds.
+/* Which chain of certificates is valid for a host's name. OpenSSL follows one path and gives up where it ends; hosts
+ * send cross signs, old roots and expired intermediates beside good ones, and Go and browsers try them all. So do we,
+ * within bounds.
  *
  * Called by OpenSSL in the handshake (SSL_CTX_set_cert_verify_callback); touches nothing but its argument.
  */

@@ -1,9 +1,10 @@
-/* See confine.h. In this order: limits, memory, namespaces with an empty root, user and capabilities, no new privileges,
- * not dumpable, the filter of system calls.
+/* See confine.h. In this order: limits, memory, namespaces with an empty root, user and capabilities, no_new_privs, not
+ * dumpable, the filter of system calls.
  *
  * The filter lists what is allowed. Anything else fails with EPERM instead of killing, so that a C library that tries a
- * newer call first goes on with the older one. In particular there is no open, exec, fork, kill, bind, listen, ptrace
- * and no unix socket: what the engine reaches are the descriptors it was given and TCP and UDP of its network namespace.
+ * newer call first falls back to the older one. In particular there is no open, exec, fork, kill, bind, listen, ptrace
+ * and no unix socket: what the engine reaches are the descriptors it was given and TCP and UDP of its network
+ * namespace.
  */
 #define _GNU_SOURCE
 #include "confine.h"
@@ -228,7 +229,7 @@ static void drop_bounds(void)
         (void)prctl(PR_CAPBSET_DROP, i, 0, 0, 0); /* fails beyond the last one, and without CAP_SETPCAP */
 }
 
-static bool become(unsigned uid)
+static bool switch_user(unsigned uid)
 {
     return setgroups(0, NULL) == 0 && setresgid(uid, uid, uid) == 0 && setresuid(uid, uid, uid) == 0;
 }
@@ -258,13 +259,13 @@ bool confine(unsigned uid, int *locked, char *error, size_t n)
         what = "an empty root directory";
     if (!what && root) {
         drop_bounds();
-        if (uid && !become(uid))
+        if (uid && !switch_user(uid))
             what = "changing the user";
     }
     if (!what && !drop_capabilities())
         what = "dropping capabilities";
     else if (!what && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0)
-        what = "giving up new privileges";
+        what = "setting no_new_privs";
     else if (!what && prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0)
         what = "forbidding core dumps";
     else if (!what && !filter_calls())

@@ -3,7 +3,7 @@
  *
  * A head is decided when it is about to be written upstream. If a connection must be opened first, the head stays
  * unconsumed in the buffer and is parsed and decided again when that connection is ready: so a credential that was
- * rotated meanwhile is the new one, and nothing has to be copied on the way that needs no waiting.
+ * rotated meanwhile is used, and nothing is copied where there is no wait.
  */
 #define _GNU_SOURCE
 #include "down.h"
@@ -38,7 +38,7 @@ static void down1_head(struct xchg *x, const struct head *h, enum body body, uin
     bool old = x->old_client;
     if (interim && h->status != 101 && old)
         return;
-    if (x->kept_head) { /* no retry any more */
+    if (x->kept_head) { /* no more retries */
         buf_take(c->loop, &c->in, x->kept_head);
         x->kept_head = 0;
     }
@@ -179,7 +179,7 @@ static enum step refuse(struct conn *c, enum reason why, size_t used, const char
     return c->dead ? STEP_STOP : STEP_AGAIN;
 }
 
-/* The body must be complete before the head is decided again: the head is put aside meanwhile. */
+/* The body must be complete before the head is decided again: the head is stored meanwhile. */
 static enum step gather(struct conn *c, const struct head *h, size_t used)
 {
     struct xchg *x = &c->x;

@@ -16,8 +16,8 @@
 /* Streams opened and reset again: more of them in so short a time is an attack. */
 enum { MAX_RESETS = 1000, RESETS_MS = 60 * 1000 };
 
-static ssize_t give_body(nghttp2_session *s, int32_t id, uint8_t *out, size_t n, uint32_t *flags,
-                         nghttp2_data_source *source, void *user)
+static ssize_t provide_body(nghttp2_session *s, int32_t id, uint8_t *out, size_t n, uint32_t *flags,
+                            nghttp2_data_source *source, void *user)
 {
     struct conn *c = user;
     struct xchg *x = source->ptr;
@@ -70,7 +70,7 @@ static void down2_head(struct xchg *x, const struct head *h, enum body body, uin
         (void)nghttp2_submit_headers(c->h2, NGHTTP2_FLAG_NONE, x->down_stream, NULL, p.nv, p.n, NULL);
     } else {
         bool empty = body == BODY_NONE || x->is_head || (body == BODY_LENGTH && !length) || h->status == 304;
-        nghttp2_data_provider source = {.source.ptr = x, .read_callback = give_body};
+        nghttp2_data_provider source = {.source.ptr = x, .read_callback = provide_body};
         (void)nghttp2_submit_response(c->h2, x->down_stream, p.nv, p.n, empty ? NULL : &source);
     }
     conn_again(c);
@@ -98,7 +98,7 @@ static void down2_finished(struct xchg *x)
 static void down2_fail(struct xchg *x, enum reason why, const char *detail, bool told)
 {
     struct conn *c = x->down;
-    /* What the host refused unread, the client may repeat without harm, and many do by themselves. */
+    /* A request that the host refused unread is safe to repeat, and many clients do so by themselves. */
     if (told && x->reset_code != NGHTTP2_REFUSED_STREAM) {
         struct page page;
         failure_page(&page, x, why, detail);
@@ -112,7 +112,7 @@ static void down2_fail(struct xchg *x, enum reason why, const char *detail, bool
         if (!x->is_head)
             buf_add(c->loop, &x->to_down, page.body, page.n);
         x->to_down_end = true;
-        nghttp2_data_provider source = {.source.ptr = x, .read_callback = give_body};
+        nghttp2_data_provider source = {.source.ptr = x, .read_callback = provide_body};
         (void)nghttp2_submit_response(c->h2, x->down_stream, p.nv, p.n, x->is_head ? NULL : &source);
     } else {
         uint32_t code = x->reset_code ? x->reset_code : NGHTTP2_INTERNAL_ERROR;
@@ -139,7 +139,7 @@ void down2_consumed(struct xchg *x)
     }
 }
 
-/* Moves waiting request bytes on. */
+/* Passes buffered request bytes on. */
 static void push_up(struct xchg *x)
 {
     if (!x->active || !x->up)
@@ -271,7 +271,7 @@ static void on_request(struct xchg *x, bool ended)
     x->req_body = ended ? BODY_NONE : h->content_length >= 0 ? BODY_LENGTH : BODY_CHUNKED;
     x->req_left = h->content_length > 0 ? (uint64_t)h->content_length : 0;
     if (ended && (h1_is(h->method, "post") || h1_is(h->method, "put") || h1_is(h->method, "patch")))
-        x->req_body = BODY_LENGTH; /* HTTP/1 hosts want to read that there is nothing */
+        x->req_body = BODY_LENGTH; /* HTTP/1 hosts expect a length of 0 */
     if (x->bad)
         down_fail(x, R_BAD_REQUEST, NULL);
     else if (!c->front && !tenant_may_request(c->tenant, &c->loop->engine->table.limits, c->loop->now_us))
@@ -373,7 +373,7 @@ static int on_data(nghttp2_session *s, uint8_t flags, int32_t id, const uint8_t 
     struct xchg *x = nghttp2_session_get_stream_user_data(s, id);
     (void)flags;
     if (!x || !x->active || (!x->up && !x->waiting && !x->gathering)) {
-        (void)nghttp2_session_consume(s, id, n); /* nobody wants it any more */
+        (void)nghttp2_session_consume(s, id, n); /* no longer wanted */
         return 0;
     }
     if (x->gathering) {

@@ -1,9 +1,9 @@
-/* Takes credentials out of what a host answers: heads, bodies and trailers pass through here where a rule says `scrub`.
+/* Removes credentials from a host's responses: heads, bodies and trailers pass through here where a rule says `scrub`.
  *
- * What is looked for is what the request was given, so the snapshot of that moment is kept until the response is complete. The
- * length of a body is not known beforehand any more: Content-Length is left out, and HTTP/1 gets chunks or the end of the
- * connection. Encoded bodies and parts of bodies cannot be searched and are not asked for (see apply_policy); they are
- * refused where a host sends them all the same.
+ * What is searched for is what the request was given, so the snapshot of that moment is kept until the response is
+ * complete. The length of a body is no longer known beforehand: Content-Length is left out, and HTTP/1 gets chunks or
+ * the end of the connection. Encoded bodies and parts of bodies cannot be searched and are not asked for (see
+ * apply_policy); they are refused where a host sends them nevertheless.
  */
 #include <openssl/crypto.h>
 #include <stdlib.h>
@@ -12,7 +12,7 @@
 #include "loop.h"
 #include "scrub.h"
 
-/* How much the texts that changed in a head may take: what writes heads has room for this and a head of the largest size. */
+/* Bytes of the texts that changed in a head: what writes heads has room for these and a head of the largest size. */
 enum { MAX_CHANGED = 2 * H1_MAX_HEAD };
 
 struct echo {
@@ -58,7 +58,7 @@ static void count(struct xchg *x)
     x->echo->counted = true;
 }
 
-/* A whole text, if there is something to replace in it: what it becomes is added to `room`. */
+/* A whole text; if there is something to replace in it, the result is added to `room`. */
 static struct str scrub_text(struct xchg *x, struct buf *room, struct str text)
 {
     struct loop *l = x->down->loop;
@@ -74,10 +74,10 @@ static struct str scrub_text(struct xchg *x, struct buf *room, struct str text)
         at += used;
     }
     count(x);
-    return (struct str){NULL, (uint32_t)(room->len - start)}; /* its place is known once the room grows no more */
+    return (struct str){NULL, (uint32_t)(room->len - start)}; /* its address is known once the room no longer grows */
 }
 
-/* Fields that tell something about the body which is no longer true, or ask for parts of it. */
+/* Fields about the body that are no longer true, or offer parts of it. */
 static bool is_about_the_bytes(struct str name)
 {
     return h1_is(name, "content-md5") || h1_is(name, "digest") || h1_is(name, "content-digest")
@@ -134,7 +134,7 @@ void echo_head(struct xchg *x, const struct head *h, enum body body, uint64_t le
         return;
     }
     if (empty)
-        body = BODY_NONE; /* without the length of what is left out, which would be another one */
+        body = BODY_NONE; /* without the length of the body that is left out, which would be another one */
     else if (length)
         body = BODY_CHUNKED;
     down_pass_head(x, &scrubbed, body, 0);
@@ -147,7 +147,7 @@ static void give(struct xchg *x, const char *p, size_t n, size_t *given)
     x->down->side->data(x, p, n);
 }
 
-/* Sends on what can be, in one piece; bytes consumed, and in *given how many were sent. */
+/* Passes on what is decided, in one piece; bytes consumed, and in *given how many were sent. */
 static size_t pass(struct xchg *x, const char *p, size_t n, bool last, size_t *given)
 {
     struct loop *l = x->down->loop;
@@ -171,7 +171,7 @@ static size_t pass(struct xchg *x, const char *p, size_t n, bool last, size_t *g
     return at;
 }
 
-/* The window of a host's stream follows what the guest takes. It takes another number of bytes than came. */
+/* The window of a host's stream follows what the guest takes, which is another number of bytes than came. */
 static void balance(struct xchg *x, size_t came, size_t given)
 {
     if (!x->up || !x->up->h2)

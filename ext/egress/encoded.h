@@ -1,4 +1,4 @@
-/* What the program hands over as one encoded text: read with bounds; and locked memory that is wiped when freed. */
+/* Bounded reading of what the program passes as one encoded text; and locked memory that is wiped when freed. */
 #ifndef HYPEMAN_EGRESS_ENCODED_H
 #define HYPEMAN_EGRESS_ENCODED_H
 

@@ -1,4 +1,4 @@
-/* The data plane as one object: makes the loops and passes on what the program says to them. See engine.h. */
+/* The data plane as one object: makes the loops and passes the program's calls on to them. See engine.h. */
 #define _GNU_SOURCE
 #include "engine.h"
 
@@ -53,8 +53,8 @@ static void set_up_listener(int fd)
 {
     int one = 1;
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one); /* inherited by what it accepts */
-    /* Clients of HTTP and TLS speak first: hear of a connection when its first bytes are there (or after a second), which
-     * saves a wake-up for each. */
+    /* Clients of HTTP and TLS speak first: accept() is deferred until the first bytes arrive (or for a second), which
+     * saves a wake-up for each connection. */
     (void)setsockopt(fd, IPPROTO_TCP, TCP_DEFER_ACCEPT, &one, sizeof one);
 }
 
@@ -78,7 +78,7 @@ static bool make_loop(struct engine *e, struct loop *l, unsigned index, const st
         && watch(l->epoll, l->wake, &l->wake, EPOLLIN) && watch(l->epoll, l->listener, &l->listener, 0);
 }
 
-/* Not more than the process can have, less some for itself. */
+/* At most what the process may have, less a reserve for itself. */
 static void limit_descriptors(uint64_t *total)
 {
     enum { OURS = 256 };
@@ -132,7 +132,7 @@ struct engine *engine_new(const struct engine_settings *s, char *error, size_t n
         e->client = tls_client_context(s->trusted, s->trust_extra, error, n);
     for (unsigned i = 0; i < e->n && !error[0]; i++)
         if (!make_loop(e, &loops[i], i, s))
-            (void)snprintf(error, n, "loop %u cannot be made (CA certificate and key, or descriptors)", i);
+            (void)snprintf(error, n, "cannot create loop %u (CA certificate and key, or descriptors)", i);
     if (!error[0])
         return e;
     engine_free(e);
@@ -283,7 +283,7 @@ uint64_t engine_ask_approval(struct engine *e, const struct approval *a)
 {
     struct asked *q = calloc(1, sizeof *q);
     if (!q)
-        return 0; /* its time runs out */
+        return 0; /* its timer expires */
     q->a = *a;
     (void)pthread_mutex_lock(&e->question_lock);
     uint64_t token = q->a.token = ++e->last_token;
@@ -401,7 +401,7 @@ bool engine_challenge(struct engine *e, const char *name, const char *token, con
 }
 
 /* A letter to each loop: about a gate, or about an instance. */
-static void tell_all(struct engine *e, int kind, struct gate *g, const char *instance)
+static void send_letters(struct engine *e, int kind, struct gate *g, const char *instance)
 {
     for (unsigned i = 0; i < e->n; i++) {
         struct letter *a = calloc(1, sizeof *a);
@@ -429,7 +429,7 @@ bool engine_listen(struct engine *e, int fd, uint16_t port)
     g->port = port;
     g->next = e->gates;
     e->gates = g;
-    tell_all(e, LETTER_OPEN, g, "");
+    send_letters(e, LETTER_OPEN, g, "");
     return true;
 }
 
@@ -442,7 +442,7 @@ void engine_unlisten(struct engine *e, uint16_t port)
             continue;
         }
         *at = g->next;
-        tell_all(e, LETTER_CLOSE, g, "");
+        send_letters(e, LETTER_CLOSE, g, "");
         gate_release(g);
     }
 }
@@ -458,7 +458,7 @@ void engine_forget(struct engine *e, const char *instance)
 void engine_part(struct engine *e, const char *instance)
 {
     if (strlen(instance) < INSTANCE_NAME_MAX)
-        tell_all(e, LETTER_PART, NULL, instance);
+        send_letters(e, LETTER_PART, NULL, instance);
 }
 
 int engine_audit_fd(struct engine *e)

@@ -1,4 +1,4 @@
-/* What the rest of the program sees of the data plane. Every call returns at once except engine_join. */
+/* The interface of the data plane. Every call returns at once except engine_join. */
 #ifndef HYPEMAN_EGRESS_ENGINE_H
 #define HYPEMAN_EGRESS_ENGINE_H
 
@@ -22,7 +22,7 @@ enum timer_class {
     T_HELD,   /* a request whose credential has no value at the moment; not a connection's timer */
     T_PLACE,  /* ingresses: the server says where an instance is */
     T_DIAL,   /* a guest accepts a connection; it may have to be woken first */
-    T_ANSWER, /* a guest begins its response, and the parts of a request and its response get on */
+    T_ANSWER, /* a guest begins its response, and request and response make progress */
     T_CLASSES,
 };
 
@@ -94,14 +94,15 @@ bool engine_drop_site(struct engine *e, const char *ingress); /* ends its exchan
 /* Takes over a listening socket, on which requests are for this port; false without memory. */
 bool engine_listen(struct engine *e, int fd, uint16_t port);
 void engine_unlisten(struct engine *e, uint16_t port);
-/* What is known about where this instance is, or any (NULL), is no longer true. */
+/* The known address of this instance, or of all (NULL), is no longer valid. */
 void engine_forget(struct engine *e, const char *instance);
-/* It has ended: so have the exchanges with it, although no packet says so. */
+/* The instance has ended: ends the exchanges with it, since no packet does. */
 void engine_part(struct engine *e, const char *instance);
 
-/* The certificate of a host name with its key, both in PEM; NULL: it has none. False: they are no such pair. */
+/* The certificate of a host name with its key, both in PEM; NULL: it has none. False: they do not belong together, or
+ * cannot be read. */
 bool engine_certify(struct engine *e, const char *name, const char *chain, const char *key);
-/* What shows a public CA that the name is ours; empty texts: nothing. False: as above, or too long. */
+/* What proves to a public CA that the name is ours; empty texts: nothing. False: as above, or too long. */
 bool engine_challenge(struct engine *e, const char *name, const char *token, const char *proof, const char *chain,
                       const char *key);
 

@@ -12,7 +12,7 @@ enum reason site_of_h1(const struct head *h, struct host *host, struct str *path
 enum reason site_of_h2(const struct head *h, struct host *host, struct str *path);
 /* The token, if it is a path of HTTP-01 (RFC 8555 8.3); empty otherwise. */
 struct str acme_token(struct str path);
-/* Writes where a plain request is sent to; false if it does not fit. */
+/* Writes where a plain request is redirected to; false if it does not fit. */
 bool render_location(struct out *o, const struct host *host, uint16_t port, struct str path);
 
 /* How a request is announced to the guest. */
@@ -44,7 +44,7 @@ struct page {
 };
 
 void page_add(struct page *p, const char *name, const char *value);
-/* For a client: it says nothing about instances or this host. */
+/* For a client: reveals nothing about instances or this host. */
 void page_of(struct page *p, enum reason why, bool html, const char *location, const char *proof);
 
 #endif

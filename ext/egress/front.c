@@ -1,12 +1,12 @@
 /* Ingresses: connections of clients from the world, and what is decided about their requests.
  *
- * They are carried by the same endpoints as connections of guests (down1.c, up1.c), with other decisions: which instance is
- * meant is looked up for each request in the table of sites (site.h), and where it is, is asked of the server. What it
- * answers is remembered until it says that something about the instance has changed: each name belongs to one of
- * PLACE_SLOTS generations, and a place or a kept connection of an older generation is not used again.
+ * They are carried by the same endpoints as connections of guests (down1.c, up1.c), with other decisions: the instance
+ * is looked up for each request in the table of sites (site.h), and its address is requested from the server. The
+ * answer is kept until the server reports a change of the instance: each name belongs to one of PLACE_SLOTS
+ * generations, and a place or a kept connection of an older generation is not used again.
  *
  * Bounds and kept connections to guests belong to a client's address, so one client cannot take all of either, and none
- * meets another's bytes.
+ * sees another's bytes.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -227,7 +227,7 @@ void front_pass_failed(struct conn *c, enum reason why)
     tls_refuse(c, why == R_NO_SITE ? SSL_AD_UNRECOGNIZED_NAME : SSL_AD_INTERNAL_ERROR);
 }
 
-/* The hello names the site; what is wrong is reported by an alert. */
+/* The hello names the site; errors are reported by an alert. */
 void front_hello(struct conn *c, const struct hello *h)
 {
     struct engine *e = c->loop->engine;

@@ -1,5 +1,5 @@
-/* See h1.h. Restarts from the first byte on every call: heads nearly always come whole, and a head sent byte
- * by byte costs less than its packets do (16 µs at the limit of 32 KB). */
+/* See h1.h. Restarts from the first byte on every call: heads nearly always arrive whole, and a head sent byte by byte
+ * costs less than its packets do (16 µs at the limit of 32 KB). */
 #include "h1.h"
 
 #include <string.h>

@@ -56,7 +56,7 @@ bool fields_add(struct loop *l, struct fields *f, const uint8_t *name, size_t n,
         return false;
     enum h1_field_id id = h1_field_id((const char *)name, n);
     struct str v = {(const char *)value, (uint32_t)m};
-    if (id == F_HOST) { /* must say the same as :authority, which is compared in fields_done */
+    if (id == F_HOST) { /* must equal :authority, which is checked in fields_done */
         if (f->host.n)
             return false;
         f->host = keep(l, f, value, m);
@@ -80,7 +80,7 @@ bool fields_add(struct loop *l, struct fields *f, const uint8_t *name, size_t n,
     return true;
 }
 
-static void settle(const struct fields *f, struct str *s)
+static void resolve(const struct fields *f, struct str *s)
 {
     s->p = f->text.p ? f->text.p + f->text.off + (uintptr_t)s->p : "";
 }
@@ -125,13 +125,13 @@ struct head *fields_done(struct loop *l, struct fields *f)
         return h;
     f->done = true;
     join_cookies(l, f);
-    settle(f, &h->method);
-    settle(f, &h->target);
-    settle(f, &h->authority);
-    settle(f, &f->host);
+    resolve(f, &h->method);
+    resolve(f, &h->target);
+    resolve(f, &h->authority);
+    resolve(f, &f->host);
     for (unsigned i = 0; i < h->n; i++) {
-        settle(f, &h->f[i].name);
-        settle(f, &h->f[i].value);
+        resolve(f, &h->f[i].name);
+        resolve(f, &h->f[i].value);
     }
     if (f->host.n && !h->authority.n)
         h->authority = f->host;

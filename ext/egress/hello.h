@@ -1,7 +1,7 @@
-/* Reads the server name, and who wrote it, out of a TLS ClientHello that may come in any pieces. Pure.
+/* Reads the server name, and marks of the client's library, from a TLS ClientHello in any number of pieces. Pure.
  *
  * A hello may span records and segments and be larger than 4 KB (post-quantum key shares); a peek of fixed size
- * would break browsers. Nothing is decided before the whole message is there.
+ * would break browsers. Nothing is decided before the whole message has arrived.
  */
 #ifndef HYPEMAN_EGRESS_HELLO_H
 #define HYPEMAN_EGRESS_HELLO_H

@@ -25,7 +25,8 @@ enum host_kind host_canonical(const char *p, size_t n, bool bracketed, struct ho
 /* "host", "host:port", "[v6]:port". *port is 0 if none is given. */
 enum host_kind host_parse_authority(const char *p, size_t n, struct host *out, uint16_t *port);
 
-/* Whether `pattern` covers the name: equal, or for a wildcard ("*.x.y" with its "*." cut off) exactly one more label. */
+/* Whether `pattern` covers the name: equal, or for a wildcard ("*.x.y" without its "*.") with exactly one more label.
+ * */
 bool host_matches(const char *pattern, size_t n, bool wildcard, const char *name, size_t name_len);
 
 #endif

@@ -1,4 +1,4 @@
-/* See identity.h. The server has checked the certificate, chain and key (transforms.py); they arrive as base64 of DER, the
+/* See identity.h. The server has checked certificate, chain and key (transforms.py); they arrive as base64 of DER, the
  * key as the rule's value, the certificates from the leaf on as its extra texts. */
 #include "identity.h"
 
@@ -24,7 +24,7 @@ static unsigned char *decode(struct str text, size_t *n)
         OPENSSL_clear_free(out, text.n);
         return NULL;
     }
-    *n = (size_t)size; /* with zeros for the padding, which DER says are not its own */
+    *n = (size_t)size; /* with zeros for the padding, which the length in DER excludes */
     return out;
 }
 

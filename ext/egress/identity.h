@@ -1,5 +1,5 @@
-/* The certificate that an instance shows a host (mTLS): read from its policy for one handshake, so that no copy of the key
- * outlives it. */
+/* The certificate that an instance presents to a host (mTLS): read from its policy for one handshake, so that no copy
+ * of the key outlives it. */
 #ifndef HYPEMAN_EGRESS_IDENTITY_H
 #define HYPEMAN_EGRESS_IDENTITY_H
 

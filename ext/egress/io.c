@@ -1,7 +1,7 @@
 /* Buffers, sockets and timers of connections.
  *
- * Four system calls per proxied request is the floor (two recv, two send), and it is reached: epoll learns of a socket
- * once (edge-triggered, both directions), a short recv or send is remembered so that no call is made only to hear
+ * Four system calls per proxied request is the minimum (two recv, two send), and it is reached: a socket is added to
+ * epoll once (edge-triggered, both directions), a short recv or send is remembered so that no call is made only to get
  * EAGAIN, and all that one round produces for a socket leaves in one send.
  */
 #define _GNU_SOURCE
@@ -20,7 +20,8 @@
 /* Buffers come in four sizes and go back to short free lists; idle connections hold none.
  *
  * Each is charged to the instance whose connection is being handled (loop->payer), which is noted in front of it. All
- * connections that exchange bytes belong to one instance and hold it, so it is there until the last buffer is given back. */
+ * connections that exchange bytes belong to one instance and hold a reference, so it exists until the last buffer is
+ * freed. */
 struct label {
     _Alignas(16) struct tenant *payer;
     int64_t size;
@@ -115,7 +116,7 @@ void buf_need(struct loop *l, struct buf *b, size_t room)
 void buf_add(struct loop *l, struct buf *b, const char *p, size_t n)
 {
     if (!n)
-        return; /* memcpy wants pointers that point somewhere, even for nothing */
+        return; /* memcpy requires valid pointers, even for no bytes */
     buf_need(l, b, n);
     memcpy(b->p + b->len, p, n);
     b->len += n;
@@ -201,7 +202,7 @@ static void uncount(struct conn *c)
     c->counted = c->shaking = c->windowed = false;
 }
 
-/* An instance that holds too much is still served: each of its connections gets on when what it holds has gone. */
+/* An instance that holds too much is still served: each of its connections continues when its bytes have been sent. */
 size_t conn_watermark(const struct conn *c)
 {
     const struct loop *l = c->loop;
@@ -281,7 +282,7 @@ void conn_again(struct conn *c)
 static void broken(struct conn *c)
 {
     c->broken = true;
-    conn_again(c); /* told to its owner outside of whatever is on the stack */
+    conn_again(c); /* its owner learns of it later, not in the present call */
 }
 
 static void seal(struct conn *c, const char *p, size_t n)
@@ -497,7 +498,7 @@ static void timer_unlink(struct conn *c)
     *(t->next ? &t->next->timer.prev : &l->timers[t->class].last) = t->prev;
 }
 
-/* All timers of a class run equally long, so each class is a queue in the order of expiry: O(1) both ways. */
+/* All timers of a class have the same duration, so each class is a queue in the order of expiry: O(1) both ways. */
 void conn_timer(struct conn *c, int class)
 {
     struct loop *l = c->loop;

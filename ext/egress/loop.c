@@ -1,4 +1,4 @@
-/* One thread, one epoll: events in, then whatever they made necessary, until nothing is left; then timers. */
+/* One thread, one epoll: handles events, then the work that follows from them until none is left, then timers. */
 #define _GNU_SOURCE
 #include "loop.h"
 
@@ -13,7 +13,7 @@
 
 enum { EVENTS = 256 };
 
-static void look_at_clock(struct loop *l)
+static void update_clock(struct loop *l)
 {
     struct timespec t;
     (void)clock_gettime(CLOCK_MONOTONIC, &t);
@@ -93,7 +93,7 @@ static void handle(struct conn *c, uint32_t events)
 }
 
 /* Flushing and running wake each other; both lists end because data ends or a watermark is reached. */
-static void settle(struct loop *l)
+static void run_until_idle(struct loop *l)
 {
     while (l->dirty || l->again) {
         struct conn *c = l->dirty;
@@ -115,14 +115,14 @@ static void settle(struct loop *l)
     }
 }
 
-/* Whether what is to be done may wait for more of its kind: small answers that several hosts give to one connection of
- * HTTP/2 leave in one record then, at three quarters of the cost. Large ones had better leave while they are in the cache. */
+/* Whether output may wait for more of its kind: small answers of several hosts on one HTTP/2 connection then leave in
+ * one record, at three quarters of the cost. Large ones should leave while they are in the cache. */
 static bool may_gather(const struct loop *l)
 {
     return (!l->again || l->again->h2) && (!l->dirty || buf_size(&l->dirty->out) < RECORD);
 }
 
-static void bury(struct loop *l)
+static void free_dead(struct loop *l)
 {
     while (l->closed) {
         struct opened *next = l->closed->next;
@@ -209,7 +209,7 @@ static int run_timers(struct loop *l)
             l->payer = c->tenant;
             on_timer(c, k);
             l->payer = NULL;
-            settle(l);
+            run_until_idle(l);
         }
         if (c && c->timer.due_ms < next)
             next = c->timer.due_ms;
@@ -217,7 +217,7 @@ static int run_timers(struct loop *l)
     if (l->held) {
         if (l->held_due_ms <= l->now_ms)
             held_again(l, false);
-        settle(l);
+        run_until_idle(l);
         if (l->held && l->held_due_ms < next)
             next = l->held_due_ms;
     }
@@ -310,7 +310,7 @@ static void find_and_close(struct loop *l, const struct gate *g)
         }
 }
 
-/* Idle connections go at once; the others end with what they are doing. */
+/* Idle connections are closed at once, the others when their exchanges have ended. */
 static void begin_drain(struct loop *l, unsigned grace_ms)
 {
     l->draining = true;
@@ -332,7 +332,7 @@ static void begin_drain(struct loop *l, unsigned grace_ms)
         else if (c->kind == UP && c->phase == P_HTTP2 && !c->streams)
             conn_kill(c);
     }
-    settle(l);
+    run_until_idle(l);
 }
 
 static void read_inbox(struct loop *l)
@@ -375,11 +375,11 @@ static void read_inbox(struct loop *l)
             up_part(l, a->instance);
             break;
         }
-        settle(l);
+        run_until_idle(l);
         free(a);
         a = next;
     }
-    settle(l);
+    run_until_idle(l);
 }
 
 static void end_all(struct loop *l)
@@ -392,7 +392,7 @@ static void end_all(struct loop *l)
     l->dirty = l->again = NULL;
     while (l->opened)
         close_gate(l, &l->opened);
-    bury(l);
+    free_dead(l);
 }
 
 void *loop_main(void *arg)
@@ -402,7 +402,7 @@ void *loop_main(void *arg)
     int wait = 0;
     for (;;) {
         int n = epoll_wait(l->epoll, events, EVENTS, wait);
-        look_at_clock(l);
+        update_clock(l);
         for (int i = 0; i < n; i++) {
             void *who = events[i].data.ptr;
             if (who == &l->listener)
@@ -414,11 +414,11 @@ void *loop_main(void *arg)
             else
                 handle(who, events[i].events);
             if (!may_gather(l))
-                settle(l);
+                run_until_idle(l);
         }
-        settle(l);
+        run_until_idle(l);
         wait = run_timers(l);
-        bury(l);
+        free_dead(l);
         if (l->audit_due_ms && l->audit_due_ms <= l->now_ms)
             audit_tick(l);
         if (l->draining && (!l->connections || l->now_ms >= l->drain_by_ms))

@@ -40,7 +40,7 @@ struct question {
     struct question *next;
     unsigned loop;
     uint64_t token;
-    char instance[INSTANCE_MAX]; /* who asks: look-ups are shared out among instances */
+    char instance[INSTANCE_MAX]; /* who asks: look-ups are shared fairly among instances */
     char name[HOST_MAX];
 };
 

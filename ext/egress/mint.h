@@ -16,9 +16,9 @@ struct mint;
 struct mint *mint_new(const char *ca_certificate_pem, const char *ca_key_pem, unsigned capacity,
                       SSL_CTX *(*context)(void));
 void mint_free(struct mint *m);
-/* Whether a leaf for the name lies ready, so that using it costs no signature. */
+/* Whether a leaf for the name exists, so that using it costs no signature. */
 bool mint_has(struct mint *m, const struct host *name, int64_t now_s);
-/* A server session with the leaf for `name`, made now if it must be; NULL on failure. */
+/* A server session with the leaf for `name`, which is made if necessary; NULL on failure. */
 SSL *mint_session(struct mint *m, const struct host *name, int64_t now_s);
 uint64_t mint_count(const struct mint *m);
 

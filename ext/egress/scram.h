@@ -1,8 +1,8 @@
 /* How passwords of Postgres are shown: SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, 7677), both sides. Pure.
  *
- * The client's side holds what is as good as the password: one lies in memory from locked_new (encoded.h) and is wiped with it;
- * no copy is left elsewhere, OpenSSL's own memory included. The server's side needs no secret of anybody.
- * Names of users are not part of it: Postgres takes them from the startup message.
+ * The client's side holds secrets equivalent to the password: it is in memory from locked_new (encoded.h) and wiped
+ * with it; no copy is left elsewhere, OpenSSL's own memory included. The server's side needs no secret. Names of users
+ * are not part of it: Postgres takes them from the startup message.
  */
 #ifndef HYPEMAN_EGRESS_SCRAM_H
 #define HYPEMAN_EGRESS_SCRAM_H

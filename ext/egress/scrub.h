@@ -1,7 +1,7 @@
 /* Finds texts in a stream and replaces them, however the stream is cut into pieces. Pure.
  *
- * At each position the longest text that is there is replaced, from left to right. Bytes that may be the beginning of a text
- * are kept back until the next ones decide; nothing else is, so that a stream of events is not held up.
+ * At each position the longest text that matches is replaced, from left to right. Only bytes that may be the beginning
+ * of a text are kept back until the next ones decide, so that a stream of events is not delayed.
  */
 #ifndef HYPEMAN_EGRESS_SCRUB_H
 #define HYPEMAN_EGRESS_SCRUB_H
@@ -23,10 +23,10 @@ struct needles {
 };
 
 void needles_add(struct needles *s, struct str text, struct str replacement);
-/* The next piece of p[0..n): bytes consumed, and *out what stands for them. 0: all that is left may be the beginning of a
- * text, so more is needed; never if it is the `last`. */
+/* The next piece of p[0..n): bytes consumed, and in *out what replaces them. 0: all that is left may be the beginning
+ * of a text, so more is needed; never if it is the `last`. */
 size_t scrub_next(const struct needles *s, const char *p, size_t n, bool last, struct str *out);
-/* Whether a text is in `in`, in whatever case. */
+/* Whether a text is in `in`, ignoring case. */
 bool scrub_finds(const struct needles *s, struct str in);
 
 #endif

@@ -263,7 +263,7 @@ static int compare_parts(const void *one, const void *other)
     return r ? r : compare(a->value, b->value);
 }
 
-/* Decoded and encoded again: whatever the spelling, the same. '+' is a space, as servers take it. */
+/* Decoded and encoded again, so that all spellings give the same text. '+' is a space, as for servers. */
 static struct str encoded_again(struct out *room, struct str s)
 {
     size_t start = room->n;
@@ -317,7 +317,7 @@ static struct str lowered(struct out *room, struct str s)
     return (struct str){room->p + start, (uint32_t)(room->n - start)};
 }
 
-/* Of what the guest signed, what leaves; all fields of AWS, which must be signed; and what is set by us. */
+/* Fields that the guest signed and that are sent; all fields of AWS, which must be signed; and those that we set. */
 static bool is_to_be_signed(const struct signing *s, struct str name)
 {
     return listed(s->claim.signed_fields, name) || (name.n > 6 && h1_same((struct str){name.p, 6}, TEXT("x-amz-")));
@@ -601,7 +601,7 @@ static void set_authorization(struct signing *s, struct str fields)
     set_field(s->m, TEXT("authorization"), (struct str){room->p + start, (uint32_t)(room->n - start)});
 }
 
-/* What the payload is said to be: the guest's word, or a hash written to `hash`. */
+/* The payload's hash: as the guest gave it, or computed into `hash`. */
 static bool read_payload(const struct signing *s, const char *body, size_t n, char hash[HEX], struct str *payload)
 {
     struct str given = find_field(s->h, "x-amz-content-sha256");
@@ -696,7 +696,7 @@ enum reason sigv4_sign(struct out *room, struct out *work, struct matched *m, co
         return refused(m, "it is signed twice");
     if (how == BY_FIELD ? !starts(given, TEXT("AWS4-HMAC-SHA256 ")) || !read_authorization(given, &s.claim)
                         : !read_presigned(room, path, &s.claim))
-        return refused(m, "it is no AWS4-HMAC-SHA256 signature of the usual form");
+        return refused(m, "it is not an AWS4-HMAC-SHA256 signature of the usual form");
     for (unsigned i = 0; i < m->n && !s.rule; i++) {
         const struct rule *r = m->rules[i];
         if (r->kind != RULE_SIGV4 || !same(r->placeholder, s.claim.key_id))

@@ -1,8 +1,8 @@
 /* AWS Signature Version 4: replaces a signature that the guest made with a placeholder key by one with the real key.
  *
  * The guest's signature says what is signed (which fields, which payload) and with which key, region and service; the
- * rule says which of these are its. All else is computed anew from the request as it leaves, with the time of the host,
- * so that a guest can neither have signed what is not sent nor keep a signature for later.
+ * rule says which of these are its. All else is computed again from the request as it leaves, with the time of the
+ * host, so that a guest can neither get a signature for what is not sent nor keep one for later.
  *
  *   form       Authorization, or the parameters of a presigned URL
  *   payload    a hash that the guest gives in x-amz-content-sha256, UNSIGNED-PAYLOAD, or the body's, for which it must be

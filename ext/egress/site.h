@@ -2,8 +2,8 @@
  *
  * Host names may have captures: {name} stands for one whole label. Labels are compared from the right, and one that is
  * written out wins over a capture: a.example.com, then {x}.example.com, then a.{y}.com. Each pattern has a mask of the
- * labels that are captures, the rightmost label in its highest bit, so the pattern with the smallest mask wins. A look-up
- * tries each mask that is in use: one or two of them in practice, however many routes there are.
+ * labels that are captures, the rightmost label in its highest bit, so the pattern with the smallest mask wins. A
+ * look-up tries each mask in use: one or two in practice, however many routes there are.
  *
  * The table is shared by the loops. A site (all routes of an ingress) is immutable and lives as long as a request uses
  * it; its memory holds the values of required headers, so it is locked and wiped as a snapshot is.

@@ -38,7 +38,7 @@ static bool open_pipe(struct conn *c)
     return false;
 }
 
-/* The client has seen nothing of the host: it can still be told why, in TLS. */
+/* The client has seen nothing of the host: it can still get the reason, inside TLS. */
 static void give_up(struct conn *down, enum reason why, const char *detail)
 {
     struct conn *up = down->peer;
@@ -66,7 +66,7 @@ void splice_begin(struct conn *down, struct conn *up)
         down->x.passed = true;
     }
     down->phase = up->phase = P_SPLICE;
-    conn_write(up, down->in.p + down->in.off, down->hello_size); /* and not a byte more until the host answers in TLS */
+    conn_write(up, down->in.p + down->in.off, down->hello_size); /* and no more until the host answers in TLS */
     conn_timer(down, T_HANDSHAKE);
     conn_timer(up, -1);
     conn_again(down);
@@ -109,8 +109,8 @@ static bool move(struct conn *from, struct conn *to, uint64_t *count)
     return true;
 }
 
-/* The host's first bytes: a ServerHello or an alert, else this is no TLS and nobody's business of ours to carry.
- * -1: it is not; 0: wait. */
+/* The host's first bytes: a ServerHello or an alert, else this is not TLS and is not carried. -1: it is not; 0: wait.
+ * */
 static int check_tls(struct conn *up)
 {
     uint8_t p[6];

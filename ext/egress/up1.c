@@ -1,4 +1,4 @@
-/* The host's side in HTTP/1: writes one request, reads its response, then lies in the pool until the next. */
+/* The host's side in HTTP/1: writes one request, reads its response, then waits in the pool for the next. */
 #define _GNU_SOURCE
 #include <openssl/crypto.h>
 #include <linux/sockios.h>
@@ -183,7 +183,7 @@ static enum step read_head(struct conn *c)
     c->spent |= may_be_unread(c);
     c->resp_left = length;
     c->resp_chunks = (struct h1_chunked){0};
-    /* HEAD and 304 may tell the length of what they leave out. */
+    /* HEAD and 304 may give the length of what they leave out. */
     bool tell = body == BODY_NONE && h->content_length >= 0 && h->status != 204;
     down_head(x, h, tell ? BODY_LENGTH : body, length);
     buf_take(c->loop, &c->in, (size_t)used);

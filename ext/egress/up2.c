@@ -1,5 +1,5 @@
-/* The host's side in HTTP/2: many requests of one instance on one connection. Only guests that speak HTTP/2 come here, and
- * gRPC of clients of ingresses, which goes to the guest without TLS. */
+/* The host's side in HTTP/2: many requests of one instance on one connection. Used for guests that speak HTTP/2, and
+ * for gRPC of clients of ingresses, which goes to the guest without TLS. */
 #define _GNU_SOURCE
 #include <openssl/crypto.h>
 #include <string.h>
@@ -8,8 +8,8 @@
 #include "h2.h"
 #include "loop.h"
 
-static ssize_t give_body(nghttp2_session *s, int32_t id, uint8_t *out, size_t n, uint32_t *flags,
-                         nghttp2_data_source *source, void *user)
+static ssize_t provide_body(nghttp2_session *s, int32_t id, uint8_t *out, size_t n, uint32_t *flags,
+                            nghttp2_data_source *source, void *user)
 {
     struct conn *c = user;
     struct xchg *x = source->ptr;
@@ -81,7 +81,7 @@ bool up2_send(struct xchg *x, const struct head *h, struct str path, bool body, 
         if (m->set[i].value.p)
             pairs_add(&p, m->set[i].name, m->set[i].value, true);
     body = body && (!x->req_complete || buf_size(&x->to_up) || x->up_trailers.head);
-    nghttp2_data_provider source = {.source.ptr = x, .read_callback = give_body};
+    nghttp2_data_provider source = {.source.ptr = x, .read_callback = provide_body};
     int32_t id = nghttp2_submit_request(c->h2, NULL, p.nv, p.n, body ? &source : NULL, x);
     if (id < 0)
         return false;
@@ -114,7 +114,7 @@ void up2_detach(struct conn *c, struct xchg *x)
     c->stream_count--;
     (void)nghttp2_session_set_stream_user_data(c->h2, x->up_stream, NULL);
     if (buf_size(&x->to_down)
-        > x->surplus) /* received, and from now on nobody's: the connection's window must not shrink by it */
+        > x->surplus) /* received, and now without a stream: the connection's window must not shrink by it */
         (void)nghttp2_session_consume_connection(c->h2, buf_size(&x->to_down) - x->surplus);
     if (!c->streams)
         conn_timer(c, T_IDLE_UP);
@@ -186,7 +186,7 @@ static int on_frame(nghttp2_session *s, const nghttp2_frame *f, void *user)
 {
     struct conn *c = user;
     if (f->hd.type == NGHTTP2_GOAWAY && c->pooled) {
-        pool_remove(c); /* what runs may end; nothing new */
+        pool_remove(c); /* open streams may end; no new ones */
         c->goaway = true;
     }
     struct xchg *x = f->hd.stream_id ? nghttp2_session_get_stream_user_data(s, f->hd.stream_id) : NULL;
@@ -261,7 +261,7 @@ static void lost(struct conn *c)
     up_failed(c, R_UPSTREAM_CLOSED, NULL);
 }
 
-/* No data and end: only guests of HTTP/2 come here, and their bodies are pulled out of the streams' buffers. */
+/* No data and end: only guests of HTTP/2 use this, and their bodies are pulled out of the streams' buffers. */
 const struct side UP2 = {
     .abandon = up2_abandon,
     .release = up2_detach,

@@ -48,7 +48,7 @@ bool xchg_gather(struct xchg *x, const char *p, size_t n)
 {
     x->up_bytes += n;
     if (buf_size(&x->to_up) + n > TRANSFORM_BODY || conn_watermark(x->down) < WATERMARK) {
-        /* Nothing takes these bytes on, so an instance that holds its share could not go on. */
+        /* Nothing consumes these bytes, so an instance that holds its share could not continue. */
         down_fail(x, buf_size(&x->to_up) + n > TRANSFORM_BODY ? R_TOO_LARGE : R_BUSY, NULL);
         return false;
     }
@@ -73,7 +73,7 @@ static unsigned count_in(const char *p, const char *end, struct str wanted)
     return n;
 }
 
-/* Values for placeholders; R_TOO_LARGE: the body would become larger than one that may come. */
+/* Values for placeholders; R_TOO_LARGE: the body would become larger than is allowed. */
 static enum reason fill_body(struct xchg *x, const struct matched *m, const struct head *h)
 {
     struct loop *l = x->down->loop;
@@ -169,7 +169,7 @@ bool xchg_ask(struct xchg *x, struct str path)
 {
     struct tenant *t = x->down->tenant;
     if (x->asked && strcmp(x->asked_rule, x->ruled.rule) != 0)
-        xchg_unask(x); /* other rules came, and another one asks */
+        xchg_unask(x); /* the rules changed, and another one asks */
     if (!x->asked) {
         if (atomic_fetch_add(&t->asking, 1) >= MAX_ASKING) {
             atomic_fetch_sub(&t->asking, 1);
@@ -441,7 +441,7 @@ void up_end(struct xchg *x, const struct head *trailers)
         x->up->side->end(x, trailers);
 }
 
-/* The response is not wanted any more. An HTTP/1 connection in the middle of one is of no further use. */
+/* The response is no longer wanted. An HTTP/1 connection in the middle of one is of no further use. */
 void up_abandon(struct xchg *x)
 {
     struct conn *up = x->up;

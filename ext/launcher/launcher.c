@@ -1,4 +1,4 @@
-/* Puts walls around a VMM, and becomes it.
+/* Confines the process of a VMM, and executes it.
  *
  *     hypeman-launch [options] -- program arguments…
  *
@@ -12,12 +12,12 @@
  *     --chdir PATH     its working directory, in its root
  *     --fsize N        bytes that a file may grow to by what it writes
  *     --memlock N      bytes that it may lock in memory
- *     --uid N --gid N  who it is from here on; --group N: further groups
- *     --jailer         the program makes walls of its own: it may mount, change its root and make namespaces
+ *     --uid N --gid N  its user and group from here on; --group N: further groups
+ *     --jailer         the program confines itself: it may mount, change its root and make namespaces
  *
- * then no new privileges, a seccomp filter, exec. What fails is written to --status FD, which exec closes: the reader
- * sees an empty answer if and only if the program runs. Rules: no allocation, no library beyond the C library, every
- * result is checked, and there is no way on after a failure.
+ * then no new privileges, a seccomp filter, exec. An error is written to --status FD, which exec closes: the reader
+ * gets nothing if and only if the program runs. Rules: no allocation, no library beyond the C library, every result is
+ * checked, and a failure ends the process.
  */
 
 #define _GNU_SOURCE
@@ -41,7 +41,7 @@
 #include <unistd.h>
 
 #define MAX_GROUPS 32
-#define ROOT "/proc" /* a directory that is everywhere, that no file of a VMM lies in, and that is replaced anyway */
+#define ROOT "/proc" /* a directory that every host has, that has no file of a VMM, and that is replaced anyway */
 
 #ifndef __NR_quotactl_fd
 #define __NR_quotactl_fd 443
@@ -75,7 +75,7 @@ static _Noreturn void fail(const char *what, const char *which)
     _exit(126);
 }
 
-/* What every VMM can do without, whatever its own filter allows. */
+/* Calls that no VMM needs, whatever its own filter allows. */
 static const int denied[] = {
     __NR_io_uring_setup,
     __NR_io_uring_enter,
@@ -164,7 +164,7 @@ static void filter_calls(int jailer)
     code[at++] = RETURN(SECCOMP_RET_ERRNO | EPERM);
     struct sock_fprog program = {.len = (unsigned short)at, .filter = code};
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0)
-        fail("giving up new privileges", "");
+        fail("setting no_new_privs", "");
     if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program, 0, 0) != 0)
         fail("the filter of system calls", "");
 }

@@ -1,15 +1,16 @@
 /* Fuzz target for everything of the egress path that reads bytes of guests or hosts: heads, trailers, chunks, the
- * ClientHello, hosts and authorities, what is made of a request's head, header blocks of HTTP/2; and the snapshots that
- * our own program writes; messages of Postgres and of SCRAM; the same for what clients send by ingresses, and what the control protocol brings for these. The first byte of the input picks the parser.
+ * ClientHello, hosts and authorities, what is made of a request's head, header blocks of HTTP/2; the snapshots that our
+ * own program writes; messages of Postgres and of SCRAM; the same for what clients send by ingresses, and what the
+ * control protocol brings for these. The first byte of the input selects the parser.
  *
  *   clang -g -O1 -fsanitize=fuzzer,address,undefined -D_GNU_SOURCE -Iext/egress tests/fuzz/egress_fuzz.c ext/egress/[!.]*.c \
  *         -lssl -lcrypto -lnghttp2 -lpthread -o build/fuzz-egress
  *   build/fuzz-egress -max_len=40000 tests/fuzz/egress
  *
- * Held to more than not crashing: what is parsed lies inside the input; a message read whole is the same message when it
- * comes in two pieces; an accepted value contains nothing that could end a line; what is sent on has one Host and one
- * credential. With -DWITH_LLHTTP, llhttp_opinion.c and the sources of llhttp 9, whatever we accept llhttp must read the same
- * way.
+ * Checked besides crashes: what is parsed is inside the input; a message read whole is the same message when it arrives
+ * in two pieces; an accepted value contains nothing that could end a line; what is passed on has one Host and one
+ * credential. With -DWITH_LLHTTP, llhttp_opinion.c and the sources of llhttp 9, llhttp must read all that we accept in
+ * the same way.
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -199,7 +200,7 @@ static unsigned count(const struct head *h, enum h1_field_id id)
     return n;
 }
 
-/* What goes on to the host reads as one request with the rule's credential and nobody else's. */
+/* What is passed on to the host reads as one request with the rule's credential and no other. */
 static void request(const char *p, size_t n)
 {
     static char out[131072];
@@ -402,8 +403,8 @@ static void sites(const uint8_t *p, size_t n)
     MUST(sites_drop(table, "i") && !sites_drop(table, "i") && !table->n_shapes);
 }
 
-/* What the control protocol brings for ingresses, message after message: the kind and for which of four names, then a payload
- * with two bytes of length. What was confirmed is what is found; in the end nothing is left. */
+/* Messages of the control protocol for ingresses: the kind and for which of four names, then a payload with two bytes
+ * of length. What was confirmed is what is found; in the end nothing is left. */
 static void control(const uint8_t *p, size_t n)
 {
     static const char *const NAMES[] = {"a.b", "x.example.com", "*.example.com", "a"};
@@ -453,8 +454,8 @@ static void control(const uint8_t *p, size_t n)
     probe_sites_free(table);
 }
 
-/* Texts, each with a byte of length, up to an empty one; then a stream. Cut in whatever way, it becomes the same, and that is
- * what a search of the whole gives. */
+/* Texts, each with a byte of length, up to an empty one; then a stream. However it is cut, the result is the same, and
+ * is that of a search of the whole. */
 static void scrubbing(const uint8_t *p, size_t n)
 {
     static char whole[16384 * 4], cut[sizeof whole];

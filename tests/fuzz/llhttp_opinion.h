@@ -1,4 +1,4 @@
-/* What llhttp, strict, makes of a message: a second reader for egress_fuzz.c. Apart because its names and ours clash. */
+/* How llhttp, strict, reads a message: a second parser for egress_fuzz.c. In a file of its own because names clash. */
 #ifndef LLHTTP_OPINION_H
 #define LLHTTP_OPINION_H
 

@@ -2,8 +2,8 @@
  * Keeps KVM's code as it is on the virtual host while tests run there: makes two VMs and holds them until it is killed.
  *
  * KVM patches its own code and the scheduler's when the first VM, the last one, or one whose interrupt controller is
- * still off comes or goes, and emulated processors now and then stumble over code that changes: the console shows a soft
- * lockup, and the host stands still. With these two there always are some. C, static: not every virtual host has Python.
+ * still off is created or destroyed, and emulated processors sometimes hang on code that changes: the console shows a
+ * soft lockup, and the host stops. With these two there are always some. C, static: not every virtual host has Python.
  */
 #include <fcntl.h>
 #include <linux/kvm.h>
@@ -27,7 +27,7 @@ int main(void)
             return 1;
         }
     }
-    if (daemon(0, 0) < 0) /* to who started it: the VMs are there */
+    if (daemon(0, 0) < 0) /* reports to the caller that the VMs exist */
         return 1;
     for (;;)
         pause();

@@ -1,6 +1,6 @@
 /*
- * The cable of a VM without a VM: carries frames between the host's TAP and `eth0` of a network namespace that plays the
- * guest. Its process stands for the VMM: SIGSTOP pauses it, SIGKILL ends it.
+ * The network link of a VM without a VM: carries frames between the host's TAP and `eth0` of a network namespace that
+ * plays the guest. Its process stands for the VMM: SIGSTOP pauses it, SIGKILL ends it.
  *
  *     cable TAP NAMESPACE RUN_DIR      prints a line when it is connected, and stops itself; SIGCONT lets it begin
  *
@@ -28,7 +28,7 @@ static int opened(const char *name)
     int fd = open("/dev/net/tun", O_RDWR | O_NONBLOCK | O_CLOEXEC), tries = 1000;
 
     strncpy(request.ifr_name, name, IFNAMSIZ - 1);
-    while (fd < 0 || ioctl(fd, TUNSETIFF, &request)) { /* the cable before may still be about to end */
+    while (fd < 0 || ioctl(fd, TUNSETIFF, &request)) { /* the previous one may still be ending */
         if (!tries--) {
             perror(name);
             exit(1);

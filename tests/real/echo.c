@@ -1,7 +1,7 @@
 /*
- * The guest's side of tests of packets that wake it: echoes TCP on ports 7 and 9 and UDP on port 7, and answers HTTP on port
- * 80 with the path that was asked for, or as a WebSocket that echoes short messages. One process, select.
- * With an address and a port it sends its input there over UDP instead, and prints the answer.
+ * The guest's side of tests of packets that wake it: echoes TCP on ports 7 and 9 and UDP on port 7, and answers HTTP on
+ * port 80 with the path of the request, or as a WebSocket that echoes short messages. One process, select. With an
+ * address and a port it sends its input there over UDP instead, and prints the answer.
  */
 
 #include <arpa/inet.h>
@@ -42,7 +42,7 @@ static int ask(const char *address, const char *port)
     return got < 0 || write(1, data, got) != got;
 }
 
-/* The answer to a head that came in one piece. The key of a WebSocket has to be the one that RFC 6455 has as an example. */
+/* The answer to a head that arrived in one piece. The key of a WebSocket must be the one in the example of RFC 6455. */
 static ssize_t http(int fd, char *data)
 {
     char path[256] = "";

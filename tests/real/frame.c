@@ -1,5 +1,5 @@
-/* Sends Ethernet frames that no network stack would: each comes by stdin as two bytes of length, then itself.
- * Runs inside a guest: frame eth0 < frames */
+/* Sends Ethernet frames that no network stack would: on stdin, each after two bytes of length. Runs inside a guest:
+ * frame eth0 < frames */
 #include <linux/if_packet.h>
 #include <net/if.h>
 #include <stdio.h>

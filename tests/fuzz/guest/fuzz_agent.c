@@ -1,8 +1,8 @@
 /* libFuzzer target for what the guest parses: the byte stream of the channel, and the boot disk.
  *
- * First byte of the input chooses. Frames: whatever the bytes and however they are cut, every frame that comes out
- * lies inside what went in, and after any garbage a greeting is heard. Boot disk: a configuration that is accepted
- * has only texts that end inside the input.
+ * The first byte of the input selects. Frames: for any bytes, cut in any way, every frame is inside the input, and
+ * after any garbage a greeting is recognised. Boot disk: a configuration that is accepted has only texts that end
+ * inside the input.
  *
  *   make -C tests/fuzz/guest run SECONDS=60
  */
@@ -80,7 +80,7 @@ static void fuzz_boot(const uint8_t *data, size_t size)
     uint32_t length, crc, offset;
     if (size >= BOOT_HEADER_BYTES && parse_boot_header(data, &length, &crc, &offset) == NULL)
         check(length <= BOOT_MAX_FIELDS && offset % 512 == 0);
-    uint8_t *copy = malloc(size + 1); /* exactly as long: ASan sees a step too far */
+    uint8_t *copy = malloc(size + 1); /* exactly as long: ASan sees an access past the end */
     memcpy(copy, data, size);
     copy = realloc(copy, size ? size : 1);
     if (parse_boot_fields(&config, copy, size) == NULL) {
