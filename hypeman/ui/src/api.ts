@@ -3,9 +3,9 @@ import { signal } from "@preact/signals";
 
 export type Session = { subject: string; scopes: string[]; expires_at: string | null; version: string };
 
-/** undefined: not known yet; null: nobody is logged in. */
+/** undefined: not known yet; null: not logged in. */
 export const session = signal<Session | null | undefined>(undefined);
-/** Why nobody is logged in any more; empty if nobody was, or logged out. */
+/** Why the session has ended; empty if there was none, or after a logout. */
 export const ended = signal("");
 
 function end(): void {
@@ -57,8 +57,8 @@ export function can(scope: string): boolean {
   return session.value?.scopes.includes(scope) ?? false;
 }
 
-/** Why the button for `scope` does nothing; undefined if it works. */
-export function lacking(scope: string): string | undefined {
+/** Why the session cannot use `scope`; undefined if it can. */
+export function missingScope(scope: string): string | undefined {
   return can(scope) ? undefined : `Your token lacks the scope ${scope}`;
 }
 
@@ -66,7 +66,7 @@ export function socketUrl(path: string): string {
   return `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}${path}`;
 }
 
-/** Logs in with the page's one-time link if it has one, else with the cookie from before. */
+/** Logs in with the page's one-time link if it has one, else with the cookie of an earlier login. */
 export async function begin(): Promise<string | undefined> {
   const link = /^#link=([\w-]+)$/.exec(location.hash)?.[1];
   if (link) {

@@ -1,11 +1,11 @@
-// Requests that egress rules hold until someone approves or denies them, of all instances. Read again when an event tells
-// of one; while there are some, also now and then, since neither their number nor their end is an event.
+// Requests that egress rules hold until someone approves or denies them, of all instances. Loaded again when an event
+// reports one, and regularly while there are any, since neither their number nor their end is an event.
 import { computed, effect, signal } from "@preact/signals";
 import type { EgressApproval } from "api-types";
 import { can, get, post, segment, session } from "./api";
 import { instances, version } from "./live";
 
-const LOOK_MS = 4000;
+const POLL_MS = 4000;
 
 /** Oldest first. */
 export const approvals = signal<readonly EgressApproval[]>([]);
@@ -19,17 +19,17 @@ export const waiting = computed(() => {
 /** "" is only the requests that wait. */
 export const TIMES = [["", "Just these requests"], ["10m", "For 10 minutes"], ["1h", "For an hour"], ["24h", "For a day"]] as const;
 
-async function look(): Promise<void> {
+async function load(): Promise<void> {
   if (!session.value || !can("instance:read")) approvals.value = [];
   else approvals.value = await get<EgressApproval[]>("/egress/approvals");
 }
 
-/** Rejects with what the server said, as if the approval has ended meanwhile. */
+/** Rejects with the server's message, for example if the approval has ended meanwhile. */
 export async function decide(one: EgressApproval, verb: "approve" | "deny", time: string): Promise<void> {
   try {
     await post(`/instances/${segment(one.instance_id)}/egress/approvals/${segment(one.id)}/${verb}`, time ? { for: time } : {});
   } finally {
-    await look().catch(() => {});
+    await load().catch(() => {});
   }
 }
 
@@ -39,12 +39,12 @@ export const target = (one: EgressApproval) =>
 export const instanceName = (id: string) => instances.value.get(id)?.name ?? id;
 
 export function watchApprovals(): void {
-  const looking = () => { void look().catch(() => {}); };
+  const reload = () => { void load().catch(() => {}); };
   effect(() => {
     session.value;
     version("egress").value;
-    looking();
+    reload();
   });
-  setInterval(() => { if (approvals.value.length && !document.hidden) looking(); }, LOOK_MS);
-  document.addEventListener("visibilitychange", () => { if (!document.hidden) looking(); });
+  setInterval(() => { if (approvals.value.length && !document.hidden) reload(); }, POLL_MS);
+  document.addEventListener("visibilitychange", () => { if (!document.hidden) reload(); });
 }

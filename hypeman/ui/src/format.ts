@@ -1,4 +1,4 @@
-// Numbers, sizes and times for people.
+// Numbers, sizes and times as text.
 const UNITS = ["B", "KB", "MB", "GB", "TB", "PB"];
 
 export function bytes(value: number | null | undefined, digits = 1): string {
@@ -14,7 +14,7 @@ export function bytes(value: number | null | undefined, digits = 1): string {
 
 export const rate = (value: number) => `${bytes(value)}/s`;
 
-/** "1GB", "512MB" of the API in bytes; NaN if it is no size. */
+/** "1GB", "512MB" of the API in bytes; NaN if it is not a size. */
 export function parseSize(text: string | undefined): number {
   const match = /^\s*([\d.]+)\s*([KMGTP]?)(i?B)?\s*$/i.exec(text ?? "");
   if (!match) return NaN;
@@ -48,7 +48,7 @@ export const dateTime = (time: string) =>
 export const plural = (count: number, one: string, many = `${one}s`) => `${count.toLocaleString()} ${count === 1 ? one : many}`;
 export const short = (id: string) => (id.startsWith("sha256:") ? id.slice(7, 19) : id.slice(0, 12));
 
-/** An image without the registry and path that everybody leaves out. */
+/** An image without the default registry and path. */
 export const imageName = (name: string) => name.replace(/^docker\.io\/(library\/)?/, "");
 
 /** `text` as one word of a shell. */

@@ -1,4 +1,4 @@
-// What is live: instances, kept true by the event log; usage, from one request for all of them; recent events.
+// Live data: instances, kept current by the event log; usage, from one request for all of them; recent events.
 //
 // A hidden page holds no connection: browsers allow six for one server, over all pages. A shown one continues after the
 // last event that it saw, and lists everything again if the log no longer reaches back that far.
@@ -10,9 +10,9 @@ export const instances = signal<ReadonlyMap<string, Instance>>(new Map());
 export const loaded = signal(false);
 export const connected = signal(false);
 export const failure = signal("");
-/** The connection broke, and was not back at once: what is shown may be old. */
+/** The connection broke and was not restored at once: what is shown may be old. */
 export const lost = signal(false);
-/** Grows when the connection is back: what could not be read meanwhile is read again. */
+/** Grows when the connection is restored: what could not be read meanwhile is read again. */
 export const reconnected = signal(0);
 /** Newest first. */
 export const changes = signal<readonly Change[]>([]);
@@ -24,8 +24,8 @@ export function version(kind: string) {
 
 const MAX_CHANGES = 2000;
 const BATCH_MS = 120;
-/** What changed besides the state is looked at so often, one by one if it is few, else with a new list. */
-const LOOK_MS = 700;
+/** Delay before changed instances are fetched again: one by one if they are few, else with a new list. */
+const REFRESH_MS = 700;
 const MAX_SINGLE = 6;
 const LIST_MS = 5000;
 const LOST_MS = 3000;
@@ -37,8 +37,8 @@ let cursor = "";
 let pending: Change[] = [];
 let timer = 0;
 let lastList = 0;
-let look = new Set<string>();
-let looking = 0;
+let stale = new Set<string>();
+let refreshTimer = 0;
 let breaking = 0;
 let retry = RETRY_MS;
 let listing = 0;
@@ -95,7 +95,7 @@ function open(): void {
   });
 }
 
-/** Applies a batch of events: states at once, everything else by looking at the few that changed. */
+/** Applies a batch of events: states at once; the rest of a changed instance is fetched again later. */
 function apply(): void {
   timer = 0;
   const events = pending;
@@ -109,7 +109,7 @@ function apply(): void {
       const about = kind === "instance" ? id : event.instance_id;
       if (event.type === "instance.deleted") {
         next.delete(id);
-        look.delete(id);
+        stale.delete(id);
         continue;
       }
       if (!about) continue;
@@ -118,24 +118,24 @@ function apply(): void {
         const state = event.data?.to as Instance["state"];
         next.set(about, { ...known, state, current_phase: state.toLowerCase() });
       }
-      look.add(about);
+      stale.add(about);
     }
     for (const kind of kinds) version(kind).value = (version(kind).value ?? 0) + 1;
     instances.value = next;
     changes.value = [...events.reverse(), ...changes.value].slice(0, MAX_CHANGES);
   });
-  if (look.size) looking ||= setTimeout(lookAgain, LOOK_MS);
+  if (stale.size) refreshTimer ||= setTimeout(refreshChanged, REFRESH_MS);
 }
 
-function lookAgain(): void {
-  looking = 0;
-  if (look.size <= MAX_SINGLE) {
-    for (const id of look) void refresh(id);
-    look = new Set();
+function refreshChanged(): void {
+  refreshTimer = 0;
+  if (stale.size <= MAX_SINGLE) {
+    for (const id of stale) void refresh(id);
+    stale = new Set();
   } else if (Date.now() - lastList >= LIST_MS) {
-    look = new Set();
+    stale = new Set();
     void list();
-  } else looking = setTimeout(lookAgain, lastList + LIST_MS - Date.now());
+  } else refreshTimer = setTimeout(refreshChanged, lastList + LIST_MS - Date.now());
 }
 
 export async function refresh(id: string): Promise<void> {

@@ -1,4 +1,4 @@
-// The frame of the page: login, navigation, shortcuts, and which page a path is.
+// The frame of the page: login, navigation, shortcuts, and which page a path shows.
 import "@xterm/xterm/css/xterm.css";
 import "uplot/dist/uPlot.min.css";
 import "./style.css";
@@ -44,7 +44,7 @@ function View() {
     case "host": return <Host />;
     case "events": return <Events />;
   }
-  return <Empty icon="search" title="There is no such page" action={<Link to="/instances">Go to the instances</Link>} />;
+  return <Empty icon="search" title="Page not found" action={<Link to="/instances">Go to the instances</Link>} />;
 }
 
 function Navigation({ onGo }: { onGo: () => void }) {

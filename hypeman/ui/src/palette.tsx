@@ -1,4 +1,4 @@
-// Ctrl-K: every page, instance and command by a few letters. Also the other shortcuts, and the list of them.
+// Ctrl-K: finds pages, instances and commands by a few letters. Also the other shortcuts, and their list.
 import { signal, useComputed, useSignal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import { logout } from "./api";
@@ -16,7 +16,7 @@ export const openPalette = () => { shown.value = true; };
 
 type Entry = { key: string; title: string; detail?: string; icon: IconName; state?: string; run: () => unknown };
 
-/** How well `text` has the letters of `wanted` in order; 0: it lacks one. */
+/** How well `text` matches the letters of `wanted` in order; 0: not at all. */
 function score(text: string, wanted: string): number {
   text = text.toLowerCase();
   const whole = text.indexOf(wanted);

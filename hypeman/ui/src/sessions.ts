@@ -1,4 +1,4 @@
-// Programs and copies over WebSockets, as the API's streams want them.
+// Programs and copies over the API's WebSockets.
 import { segment, socketUrl } from "./api";
 
 const CHUNK = 32 * 1024;
@@ -11,7 +11,7 @@ function connect(path: string): WebSocket {
   return socket;
 }
 
-const REFUSED = "The guest cannot be reached now.";
+const REFUSED = "The guest cannot be reached at the moment.";
 
 /** Runs a program without a terminal. */
 export function run(instance: string, command: string[]): Promise<{ output: string; code: number }> {
@@ -25,9 +25,9 @@ export function run(instance: string, command: string[]): Promise<{ output: stri
         if (output.length < MAX_OUTPUT) output += decode.decode(data as ArrayBuffer, { stream: true });
         return;
       }
-      const told = JSON.parse(data) as { exitCode?: number; error?: string };
-      if (told.error) reject(new Error(told.error));
-      else resolve({ output, code: told.exitCode ?? -1 });
+      const reply = JSON.parse(data) as { exitCode?: number; error?: string };
+      if (reply.error) reject(new Error(reply.error));
+      else resolve({ output, code: reply.exitCode ?? -1 });
     };
     socket.onclose = () => reject(new Error(REFUSED));
   });
@@ -52,9 +52,9 @@ export function copyIn(instance: string, path: string, file: File, progress: (do
       }
     };
     socket.onmessage = ({ data }) => {
-      const told = JSON.parse(data as string) as { success?: boolean; error?: string; message?: string; bytes_written?: number };
-      if (told.success) resolve(told.bytes_written ?? file.size);
-      else reject(new Error(told.error ?? told.message ?? "The copy failed."));
+      const reply = JSON.parse(data as string) as { success?: boolean; error?: string; message?: string; bytes_written?: number };
+      if (reply.success) resolve(reply.bytes_written ?? file.size);
+      else reject(new Error(reply.error ?? reply.message ?? "The copy failed."));
     };
     socket.onclose = () => reject(new Error(REFUSED));
   });
@@ -76,16 +76,16 @@ export function copyOut(instance: string, path: string, progress: (done: number)
         progress(done += (data as ArrayBuffer).byteLength);
         return;
       }
-      const told = JSON.parse(data) as Header | { type: "end"; final?: boolean } | { type: "error"; message: string };
-      if (told.type === "header") entries.push({ header: told, data: [] });
-      else if (told.type === "error") reject(new Error(told.message));
-      else if (told.final) {
+      const reply = JSON.parse(data) as Header | { type: "end"; final?: boolean } | { type: "error"; message: string };
+      if (reply.type === "header") entries.push({ header: reply, data: [] });
+      else if (reply.type === "error") reject(new Error(reply.message));
+      else if (reply.final) {
         const only = entries.length === 1 && !entries[0]!.header.is_dir && !entries[0]!.header.is_symlink ? entries[0] : undefined;
         resolve(only ? { name: base, content: new Blob(only.data) } : { name: `${base}.tar`, content: archive(base, entries) });
         socket.close();
       }
     };
-    socket.onclose = () => reject(new Error(entries.length ? "The copy broke off." : REFUSED));
+    socket.onclose = () => reject(new Error(entries.length ? "The copy was interrupted." : REFUSED));
   });
 }
 

@@ -78,8 +78,8 @@ export function openTerminal(place: HTMLElement, instance: string, command: stri
   };
   socket.onmessage = ({ data }) => {
     if (typeof data !== "string") return terminal.write(new Uint8Array(data as ArrayBuffer));
-    const told = JSON.parse(data) as { exitCode?: number; error?: string };
-    end(told.error ?? `The program ended with ${told.exitCode}.`);
+    const reply = JSON.parse(data) as { exitCode?: number; error?: string };
+    end(reply.error ?? `The program ended with ${reply.exitCode}.`);
   };
   socket.onclose = () => end("The connection was closed.");
   const send = (data: Uint8Array<ArrayBuffer>) => { if (socket.readyState === WebSocket.OPEN && data.length) socket.send(data); };

@@ -1,4 +1,4 @@
-// Dark or light: as the system is, unless chosen here.
+// Dark or light: the system's setting, unless one is chosen here.
 import { effect, signal } from "@preact/signals";
 
 const system = matchMedia("(prefers-color-scheme: dark)");

@@ -1,9 +1,9 @@
-// Parts that all pages use.
+// Components that all pages use.
 import { signal, useSignal } from "@preact/signals";
 import { cloneElement } from "preact";
 import type { ComponentChildren, VNode } from "preact";
 import { useEffect, useId, useLayoutEffect, useRef, useState } from "preact/hooks";
-import { ApiError, get, lacking, messageOf } from "./api";
+import { ApiError, get, missingScope, messageOf } from "./api";
 import { ago, dateTime } from "./format";
 import { reconnected, version } from "./live";
 import { href } from "./router";
@@ -63,7 +63,7 @@ type ButtonProps = {
   kind?: "primary" | "danger" | "plain";
   /** A scope that the caller needs. */
   scope?: string;
-  /** Why it does nothing now. */
+  /** Why it is disabled. */
   unavailable?: string;
   busy?: boolean;
   onClick?: () => unknown;
@@ -71,9 +71,9 @@ type ButtonProps = {
   pressed?: boolean;
 };
 
-/** A button that cannot be used stays focusable and says why. */
+/** A disabled button stays focusable and shows the reason. */
 export function Button({ children, icon, label, kind, scope, unavailable, busy, onClick, type = "button", pressed }: ButtonProps) {
-  const reason = (scope && lacking(scope)) || unavailable;
+  const reason = (scope && missingScope(scope)) || unavailable;
   return (
     <button
       type={type} class={`button ${kind ?? ""} ${children ? "" : "only-icon"}`} aria-label={label} title={reason ?? label}
@@ -89,7 +89,7 @@ export function Button({ children, icon, label, kind, scope, unavailable, busy, 
   );
 }
 
-/** A control with its label, and a hint or what is wrong with it. */
+/** A control with its label, and a hint or an error. */
 export function Field({ label, hint, error, children }: { label: string; hint?: ComponentChildren; error?: string; children: VNode<Described> }) {
   const id = useId();
   return (
@@ -268,13 +268,13 @@ type Toast = { id: number; text: string; bad: boolean };
 const toasts = signal<readonly Toast[]>([]);
 let nextToast = 1;
 
-export function tell(text: string, bad = false): void {
+export function notify(text: string, bad = false): void {
   const id = nextToast++;
   toasts.value = [...toasts.value, { id, text, bad }];
   setTimeout(() => { toasts.value = toasts.value.filter((one) => one.id !== id); }, bad ? 9000 : 4000);
 }
 
-export const complain = (error: unknown) => tell(messageOf(error), true);
+export const notifyError = (error: unknown) => notify(messageOf(error), true);
 
 export function Toasts() {
   return (
@@ -293,7 +293,7 @@ type Question = { title: string; text: ComponentChildren; action: string; danger
 const question = signal<Question | null>(null);
 
 /** The text of the field, "yes" without one, null if it was cancelled. */
-export function ask(asked: Omit<Question, "answer" | "danger"> & { danger?: boolean }): Promise<string | null> {
+export function openDialog(asked: Omit<Question, "answer" | "danger"> & { danger?: boolean }): Promise<string | null> {
   return new Promise((answer) => { question.value = { danger: false, ...asked, answer }; });
 }
 
@@ -332,13 +332,13 @@ export function useTick(ms: number): void {
   }, [ms]);
 }
 
-/** Statuses of what may be otherwise in a moment; 0: no answer. */
+/** Statuses of transient errors; 0: no answer. */
 const PASSING: ReadonlySet<number> = new Set([0, 429, 502, 503, 504]);
 const RETRY_MS = 5000;
 
 export type Resource<T> = { data: T | undefined; error: string; reload: () => void };
 
-/** What `path` answers, read again when an object of `kinds` changes; an empty path reads nothing. */
+/** The answer to GET `path`, read again when an object of `kinds` changes; an empty path reads nothing. */
 export function useResource<T>(path: string, kinds: readonly string[] = [], everyMs = 0): Resource<T> {
   const data = useSignal<T | undefined>(undefined);
   const error = useSignal("");
@@ -372,7 +372,7 @@ export function useResource<T>(path: string, kinds: readonly string[] = [], ever
   return { data: data.value, error: error.value, reload: () => again((value) => value + 1) };
 }
 
-/** Runs `work` at a click; shows that it is under way, and what went wrong. */
+/** Runs `work` on a click; shows that it is in progress, and errors. */
 export function useWork(): [string, (name: string, work: () => Promise<unknown>, done?: string) => Promise<void>] {
   const busy = useSignal("");
   return [busy.value, async (name, work, done) => {
@@ -380,9 +380,9 @@ export function useWork(): [string, (name: string, work: () => Promise<unknown>,
     busy.value = name;
     try {
       await work();
-      if (done) tell(done);
+      if (done) notify(done);
     } catch (error) {
-      complain(error);
+      notifyError(error);
     } finally {
       busy.value = "";
     }

@@ -2,15 +2,15 @@
 import { useSignal } from "@preact/signals";
 import type { EgressApproval, Instance } from "api-types";
 import { approvals, decide, instanceName, target, TIMES } from "../approvals";
-import { lacking } from "../api";
+import { missingScope } from "../api";
 import { plural } from "../format";
 import { Button, Empty, Link, Page, Panel, Select, Time, useWork } from "../ui";
 
 export function Approvals() {
-  const refused = lacking("instance:read");
+  const refused = missingScope("instance:read");
   return (
     <Page title="Approvals" subtitle="Requests that an egress rule holds until someone decides. They are refused when their time is over.">
-      {refused ? <Empty icon="shield" title="Not for this token">{refused}.</Empty>
+      {refused ? <Empty icon="shield" title="Not permitted">{refused}.</Empty>
         : approvals.value.length ? <Panel flush><ApprovalList of={approvals.value} named /></Panel>
         : <Empty icon="shield" title="Nothing waits for approval"><p>An egress rule with <code>"action": "ask"</code> holds what it matches. Such requests appear here and can be approved or denied while the guest waits.</p></Empty>}
     </Page>

@@ -1,24 +1,24 @@
 // Builds of images, and the log of one as it runs.
 import type { Build, Builder } from "api-types";
-import { lacking, remove, segment } from "../api";
+import { missingScope, remove, segment } from "../api";
 import { duration, imageName } from "../format";
-import { ask, Button, Code, complain, Empty, Link, Page, Panel, Problem, State, Table, tell, Time, useResource } from "../ui";
+import { openDialog, Button, Code, notifyError, Empty, Link, Page, Panel, Problem, State, Table, notify, Time, useResource } from "../ui";
 import { LogView } from "./logs";
 
 const OVER = new Set(["ready", "failed", "cancelled"]);
 
 export function Builds() {
-  const readable = !lacking("build:read");
+  const readable = !missingScope("build:read");
   const found = useResource<Build[]>(readable ? "/builds" : "", ["build"]);
   const builders = useResource<Builder[]>(readable ? "/builders" : "", ["build", "builder"]);
   const builds = [...(found.data ?? [])].sort((a, b) => (a.created_at < b.created_at ? 1 : -1));
   async function destroy(one: Builder) {
-    const sure = await ask({ title: `Delete builder ${one.name ?? one.id}?`, action: "Delete", danger: true, text: "Its cache is lost; the next builds take longer." });
-    if (sure !== null) await remove(`/builders/${segment(one.id)}`).then(() => builders.reload(), complain);
+    const sure = await openDialog({ title: `Delete builder ${one.name ?? one.id}?`, action: "Delete", danger: true, text: "Its cache is lost; the next builds take longer." });
+    if (sure !== null) await remove(`/builders/${segment(one.id)}`).then(() => builders.reload(), notifyError);
   }
   return (
     <Page title="Builds" subtitle="Images made from a Dockerfile, each in a VM of its own.">
-      {!readable && <Empty icon="shield" title="Not for this token">{lacking("build:read")}.</Empty>}
+      {!readable && <Empty icon="shield" title="Not permitted">{missingScope("build:read")}.</Empty>}
       {found.error && <Problem message={found.error} onRetry={found.reload} />}
       {found.data && !builds.length && <Empty icon="build" title="No builds yet"><p>In a directory with a Dockerfile:</p><Code>hypeman build -t app .</Code></Empty>}
       {builds.length > 0 && <Panel flush><Table label="Builds" rows={builds} id={(one) => one.id} columns={[
@@ -43,8 +43,8 @@ export function BuildPage({ id }: { id: string }) {
   const found = useResource<Build>(`/builds/${segment(id)}`, ["build"]);
   const build = found.data;
   async function cancel() {
-    const sure = await ask({ title: "Cancel this build?", action: "Cancel the build", danger: true, text: "What it has done so far stays in its builder's cache." });
-    if (sure !== null) await remove(`/builds/${segment(id)}`).then(() => tell("The build was cancelled"), complain);
+    const sure = await openDialog({ title: "Cancel this build?", action: "Cancel the build", danger: true, text: "What it has done so far stays in its builder's cache." });
+    if (sure !== null) await remove(`/builds/${segment(id)}`).then(() => notify("The build was cancelled"), notifyError);
   }
   return (
     <div class="page fill">

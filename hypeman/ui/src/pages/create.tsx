@@ -1,7 +1,7 @@
-// A new instance, and the same as a line for a terminal.
+// A new instance, and the equivalent command line.
 import { useSignal } from "@preact/signals";
 import type { Capabilities, Image, Instance, Volume } from "api-types";
-import { lacking, messageOf, post } from "../api";
+import { missingScope, messageOf, post } from "../api";
 import { imageName, shellWord } from "../format";
 import { instances, put } from "../live";
 import { go } from "../router";
@@ -81,9 +81,9 @@ export function Create() {
   const error = useSignal("");
   const busy = useSignal(false);
   const shown = useSignal<"run" | "curl">("run");
-  const images = useResource<Image[]>(lacking("image:read") ? "" : "/images", ["image"]);
-  const volumes = useResource<Volume[]>(lacking("volume:read") ? "" : "/volumes", ["volume"]);
-  const able = useResource<Capabilities>(lacking("resource:read") ? "" : "/capabilities");
+  const images = useResource<Image[]>(missingScope("image:read") ? "" : "/images", ["image"]);
+  const volumes = useResource<Volume[]>(missingScope("volume:read") ? "" : "/volumes", ["volume"]);
+  const able = useResource<Capabilities>(missingScope("resource:read") ? "" : "/capabilities");
   const known = [...new Set([...instances.value.values()].flatMap((one) => one.network?.groups ?? []))].sort();
   const set = <K extends keyof Form>(key: K) => (value: Form[K]) => { form.value = { ...form.value, [key]: value }; };
   const now = form.value;
@@ -95,7 +95,7 @@ export function Create() {
   }
   async function submit(event: Event) {
     event.preventDefault();
-    if (lacking("instance:write")) return;
+    if (missingScope("instance:write")) return;
     busy.value = true;
     try {
       put(await post<Instance>("/instances", bodyOf(now)));
@@ -111,11 +111,11 @@ export function Create() {
       <form class="create" onSubmit={submit}>
         <div>
           <Panel title="Program">
-            <Field label="Image" hint={images.error || "Any OCI reference. It is pulled if it is not here."}><Text value={now.image} onValue={set("image")} list="images" placeholder="docker.io/library/nginx:alpine" required autofocus /></Field>
+            <Field label="Image" hint={images.error || "Any OCI reference. It is pulled if it is missing."}><Text value={now.image} onValue={set("image")} list="images" placeholder="docker.io/library/nginx:alpine" required autofocus /></Field>
             <datalist id="images">{images.data?.filter((one) => one.status === "ready").map((one) => <option key={one.name} value={one.name}>{imageName(one.name)}</option>)}</datalist>
-            <Field label="Name" hint="Small letters, digits and -"><Text value={now.name} onValue={set("name")} pattern="[a-z0-9]([a-z0-9\-]*[a-z0-9])?" maxLength={63} required /></Field>
+            <Field label="Name" hint="Lowercase letters, digits and -"><Text value={now.name} onValue={set("name")} pattern="[a-z0-9]([a-z0-9\-]*[a-z0-9])?" maxLength={63} required /></Field>
             <Field label="Command" hint="Instead of the image's. Quotes as in a shell."><Text value={now.command} onValue={set("command")} placeholder="the image's" /></Field>
-            <Field label="Environment" hint="NAME=VALUE, one a line"><textarea class="input mono" rows={3} spellcheck={false} value={now.env} onInput={(event) => set("env")(event.currentTarget.value)} /></Field>
+            <Field label="Environment" hint="NAME=VALUE, one per line"><textarea class="input mono" rows={3} spellcheck={false} value={now.env} onInput={(event) => set("env")(event.currentTarget.value)} /></Field>
           </Panel>
           <Panel title="Size">
             <div class="triple">
@@ -130,7 +130,7 @@ export function Create() {
             <Check checked={now.network} onValue={set("network")}>Network</Check>
             {now.network && <Check checked={now.egress} onValue={set("egress")}>Mediated egress: every request is seen by the host, credentials stay there</Check>}
             {now.network && <Field label="Ports" hint="HOST:GUEST, separated by commas"><Text value={now.ports} onValue={set("ports")} placeholder="8000:80" /></Field>}
-            {now.network && <Field label="Groups" hint="Names, separated by commas: of the other guests, it reaches only those that share one with it. Without any, those that have none.">
+            {now.network && <Field label="Groups" hint="Names, separated by commas: of the other guests, it reaches only those that share one with it. Without any, it reaches those that have none.">
               <Text value={now.groups} onValue={set("groups")} list="groups" pattern="\s*[A-Za-z0-9][A-Za-z0-9_.\-]*([\s,]+[A-Za-z0-9][A-Za-z0-9_.\-]*)*[\s,]*" placeholder="backend" />
             </Field>}
             <datalist id="groups">{known.map((one) => <option key={one} value={one} />)}</datalist>
@@ -146,7 +146,7 @@ export function Create() {
             </div>
             <Check checked={now.standby} onValue={set("standby")}>Standby when idle, and wake with the next connection</Check>
             {now.standby && <Field label="Idle for"><Text value={now.idle} onValue={set("idle")} /></Field>}
-            <Field label="Tags" hint="KEY=VALUE, one a line"><textarea class="input mono" rows={2} spellcheck={false} value={now.tags} onInput={(event) => set("tags")(event.currentTarget.value)} /></Field>
+            <Field label="Tags" hint="KEY=VALUE, one per line"><textarea class="input mono" rows={2} spellcheck={false} value={now.tags} onInput={(event) => set("tags")(event.currentTarget.value)} /></Field>
           </Panel>
         </div>
         <aside>

@@ -1,25 +1,25 @@
-// PCI devices: registered ones, those that can be passed through, and why the others cannot.
+// PCI devices: the registered ones, those that can be passed through, and why others cannot.
 import { useSignal } from "@preact/signals";
 import type { AvailableDevice, Device } from "api-types";
-import { lacking, post, remove, segment } from "../api";
+import { missingScope, post, remove, segment } from "../api";
 import { instances } from "../live";
-import { ask, Button, Check, complain, Empty, Link, Page, Panel, Problem, Table, tell, useResource, useWork } from "../ui";
+import { openDialog, Button, Check, notifyError, Empty, Link, Page, Panel, Problem, Table, notify, useResource, useWork } from "../ui";
 
 export function Devices() {
   const all = useSignal(true);
-  const readable = !lacking("device:read");
+  const readable = !missingScope("device:read");
   const registered = useResource<Device[]>(readable ? "/devices" : "", ["device"]);
   const available = useResource<AvailableDevice[]>(readable ? `/devices/available${all.value ? "?all=true" : ""}` : "", ["device"]);
   const [busy, work] = useWork();
   const devices = registered.data ?? [];
   const taken = new Set(devices.map((one) => one.pci_address));
   async function destroy(device: Device) {
-    const sure = await ask({ title: `Unregister ${device.name}?`, action: "Unregister", danger: true, text: "It stays with the host and can be registered again." });
-    if (sure !== null) await remove(`/devices/${segment(device.id)}`).then(() => { registered.reload(); available.reload(); }, complain);
+    const sure = await openDialog({ title: `Unregister ${device.name}?`, action: "Unregister", danger: true, text: "It stays with the host and can be registered again." });
+    if (sure !== null) await remove(`/devices/${segment(device.id)}`).then(() => { registered.reload(); available.reload(); }, notifyError);
   }
   return (
     <Page title="Devices" subtitle="PCI functions that a guest can have for itself.">
-      {!readable && <Empty icon="shield" title="Not for this token">{lacking("device:read")}.</Empty>}
+      {!readable && <Empty icon="shield" title="Not permitted">{missingScope("device:read")}.</Empty>}
       {(registered.error || available.error) && <Problem message={registered.error || available.error} onRetry={() => { registered.reload(); available.reload(); }} />}
       <Panel title="Registered" flush>
         {devices.length ? <Table label="Registered devices" rows={devices} id={(one) => one.id} columns={[
@@ -38,7 +38,7 @@ export function Devices() {
           { title: "Driver", cell: (one) => one.current_driver ?? <span class="muted">none</span>, narrow: true },
           { title: "Passthrough", cell: (one) => one.reason ? <span class="reason">{one.reason}</span> : <span class="pill good">possible</span> },
           { title: "", class: "end", cell: (one) => !one.reason && <Button scope="device:write" unavailable={taken.has(one.pci_address) ? "It is registered" : undefined} busy={busy === one.pci_address}
-            onClick={() => work(one.pci_address, async () => { await post("/devices", { pci_address: one.pci_address }); registered.reload(); tell(`${one.pci_address} was registered`); })}>Register</Button> },
+            onClick={() => work(one.pci_address, async () => { await post("/devices", { pci_address: one.pci_address }); registered.reload(); notify(`${one.pci_address} was registered`); })}>Register</Button> },
         ]} /> : available.data && <Empty icon="devices" title="No PCI device can be passed through">Passthrough needs an IOMMU (VT-d or AMD-Vi) that is switched on in the firmware.</Empty>}
       </Panel>
     </Page>

@@ -4,12 +4,12 @@ import type { AccessRule, EgressPolicy, InjectAs, Instance } from "api-types";
 import { useEffect } from "preact/hooks";
 import { ApiError, call, get, segment } from "../api";
 import { bytes, clock } from "../format";
-import { ask, Button, complain, Empty, Facts, Panel, Problem, Table, tell } from "../ui";
+import { openDialog, Button, notifyError, Empty, Facts, Panel, Problem, Table, notify } from "../ui";
 import { Held } from "./approvals";
 
 const MAX = 1000;
 
-/** One of a stream, so /spec.json does not describe it. */
+/** An item of a stream, which /spec.json does not describe. */
 type EgressRecord = {
   time: string; kind: string; host: string; port: number; method: string; status: number; reason: string;
   credentials: string[]; bytes_up: number; bytes_down: number; ms: number;
@@ -25,16 +25,16 @@ function formOf(form: InjectAs): string {
   return { basic: "Basic authentication", query: `query parameter ${form.query}`, sigv4: "AWS signature", oauth2: "OAuth 2.0 token", hmac: "signature", body: "body", mtls: "client certificate" }[name] ?? name;
 }
 
-/** Puts a rule for one host in front of the others; returns the policy as it is then, undefined if it was not wanted. */
+/** Puts a rule for one host before the others; returns the new policy, or undefined if the user cancelled. */
 async function decideHost(instance: Instance, path: string, host: string, action: "allow" | "deny"): Promise<EgressPolicy | undefined> {
   const verb = action === "allow" ? "Allow" : "Deny";
-  const sure = await ask({ title: `${verb} ${host}?`, action: verb, danger: action === "deny",
-    text: `A rule in front of the others: ${action} every request of ${instance.name} to ${host}, from the next one on.` });
+  const sure = await openDialog({ title: `${verb} ${host}?`, action: verb, danger: action === "deny",
+    text: `A rule before the others: ${action} every request of ${instance.name} to ${host}, from the next one on.` });
   if (sure === null) return undefined;
   const before = (await get<EgressPolicy>(path)).access?.rules ?? [];
   const rules = [{ action, hosts: [host] }, ...before];
   await call("PATCH", `/instances/${segment(instance.id)}`, { network: { egress: { rules } } });
-  tell(`${action === "allow" ? "Allowed" : "Denied"}: ${host}`);
+  notify(`${action === "allow" ? "Allowed" : "Denied"}: ${host}`);
   return get<EgressPolicy>(path);
 }
 
@@ -94,7 +94,7 @@ export function Egress({ instance }: { instance: Instance }) {
   const shown = denied.value ? refused : records.value;
   const { access } = policy.value;
   async function decide(host: string, action: "allow" | "deny") {
-    await decideHost(instance, path, host, action).then((changed) => { if (changed) policy.value = changed; }, complain);
+    await decideHost(instance, path, host, action).then((changed) => { if (changed) policy.value = changed; }, notifyError);
   }
   return (
     <>

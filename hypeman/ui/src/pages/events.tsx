@@ -1,4 +1,4 @@
-// What happened on the host, newest first: what is retained, and what happens now.
+// Events of the host, newest first: the retained ones, and new ones as they happen.
 import { useSignal } from "@preact/signals";
 import type { Event as Change } from "api-types";
 import { useMemo } from "preact/hooks";
@@ -22,7 +22,7 @@ function words(event: Change): string {
   return [event.type.split(".")[1]!.replaceAll("_", " "), ...facts].join(", ");
 }
 
-/** The object by its name; of egress the instance, since an approval has no name. */
+/** The object by its name; for egress the instance, since an approval has no name. */
 function About({ event }: { event: Change }) {
   const { kind, id, name } = event.object;
   const instance = kind === "instance" ? id : kind === "egress" ? event.instance_id : undefined;

@@ -1,11 +1,11 @@
-// Files of the guest: look around, download, upload. Directories are listed by the guest's own ls.
+// Files of the guest: browse, download, upload. Directories are listed by the guest's own ls.
 import { useSignal } from "@preact/signals";
 import type { Instance } from "api-types";
 import { useEffect } from "preact/hooks";
-import { lacking } from "../api";
+import { missingScope } from "../api";
 import { copyIn, copyOut, run } from "../sessions";
 import { bytes } from "../format";
-import { Button, complain, Empty, Icon, Panel, tell, Text } from "../ui";
+import { Button, notifyError, Empty, Icon, Panel, notify, Text } from "../ui";
 import { save } from "./logs";
 
 const join = (folder: string, name: string) => (folder === "/" ? `/${name}` : `${folder}/${name}`);
@@ -19,7 +19,7 @@ export function Files({ instance }: { instance: Instance }) {
   const progress = useSignal("");
   const over = useSignal(false);
   const turn = useSignal(0);
-  const refused = lacking("instance:write") ?? (instance.state === "Running" ? undefined : `${instance.name} is ${instance.state}. Its files can be reached while it runs.`);
+  const refused = missingScope("instance:write") ?? (instance.state === "Running" ? undefined : `${instance.name} is ${instance.state}. Its files can be reached while it runs.`);
 
   useEffect(() => {
     if (refused) return;
@@ -39,7 +39,7 @@ export function Files({ instance }: { instance: Instance }) {
       const found = await copyOut(instance.id, join(folder.value, name), (done) => { progress.value = `Downloading ${name}, ${bytes(done)}`; });
       save(found.name, found.content);
     } catch (error) {
-      complain(error);
+      notifyError(error);
     } finally {
       progress.value = "";
     }
@@ -50,16 +50,16 @@ export function Files({ instance }: { instance: Instance }) {
         const written = await copyIn(instance.id, join(folder.value, file.name), file, (done) => {
           progress.value = `Uploading ${file.name}, ${Math.round((100 * done) / Math.max(1, file.size))} %`;
         });
-        tell(`${file.name}: ${bytes(written)} were written to ${folder.value}`);
+        notify(`${file.name}: ${bytes(written)} were written to ${folder.value}`);
       }
     } catch (error) {
-      complain(error);
+      notifyError(error);
     } finally {
       progress.value = "";
       turn.value++;
     }
   }
-  if (refused) return <Panel><Empty icon="folder" title="No files now">{refused}</Empty></Panel>;
+  if (refused) return <Panel><Empty icon="folder" title="Files are not available">{refused}</Empty></Panel>;
   return (
     <div class={`drop ${over.value ? "over" : ""}`}
       onDragOver={(event) => { event.preventDefault(); over.value = true; }}

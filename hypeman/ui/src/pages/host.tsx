@@ -1,12 +1,12 @@
-// The host: what it has, who holds it, what it can do, and memory that guests can lend.
+// The host: its resources, who holds them, its capabilities, and reclaiming memory from guests.
 import { useSignal } from "@preact/signals";
 import type { Capabilities, Finding, MemoryReclaimResponse, ResourceAllocation, Resources, ResourceStatus } from "api-types";
-import { get, lacking, post } from "../api";
+import { get, missingScope, post } from "../api";
 import { bytes, parseSize, plural, rate } from "../format";
-import { Bar, Button, Dialog, Empty, Facts, Field, Link, Page, Panel, Problem, Table, tell, Text, useResource, useWork } from "../ui";
+import { Bar, Button, Dialog, Empty, Facts, Field, Link, Page, Panel, Problem, Table, notify, Text, useResource, useWork } from "../ui";
 
 export function Host() {
-  const readable = !lacking("resource:read");
+  const readable = !missingScope("resource:read");
   const resources = useResource<Resources>(readable ? "/resources" : "", ["instance", "volume", "image"]);
   const capabilities = useResource<Capabilities>(readable ? "/capabilities" : "");
   const reclaiming = useSignal(false);
@@ -14,7 +14,7 @@ export function Host() {
   return (
     <Page title="Host" subtitle={able && `${able.host.os}/${able.host.arch}, Hypeman ${able.server.version}`}
       actions={<Button scope="resource:write" onClick={() => { reclaiming.value = true; }}>Reclaim memory</Button>}>
-      {!readable && <Empty icon="shield" title="Not for this token">{lacking("resource:read")}.</Empty>}
+      {!readable && <Empty icon="shield" title="Not permitted">{missingScope("resource:read")}.</Empty>}
       {(resources.error || capabilities.error) && <Problem message={resources.error || capabilities.error} onRetry={() => { resources.reload(); capabilities.reload(); }} />}
       {found && (
         <>
@@ -39,7 +39,7 @@ export function Host() {
                 ["Images", bytes(found.disk_breakdown.images_bytes)], ["Layer cache", bytes(found.disk_breakdown.oci_cache_bytes)],
                 ["Volumes", bytes(found.disk_breakdown.volumes_bytes)], ["Instances", bytes(found.disk_breakdown.overlays_bytes)],
               ]} /></Panel>}
-              {able && <Panel title="What this host can do"><Facts rows={[
+              {able && <Panel title="Capabilities"><Facts rows={[
                 ...able.runtimes.map((one) => [one.name, <span>{one.available ? <span class="pill good">{one.name === able.default_runtime.name ? "default" : "available"}</span> : <span class="pill">not available</span>} <small class="muted">{one.features.join(", ")}</small></span>] as const),
                 ["Network", `${able.network.model}, ${able.network.subnet ?? ""}`],
                 ["Between guests", able.network.guest_to_guest ? "allowed" : "closed"],
@@ -59,7 +59,7 @@ export function Host() {
 /** The worst first. */
 const VERDICTS: Record<Finding["verdict"], [number, string]> = { fail: [0, "bad"], warn: [1, "wait"], ok: [2, "good"] };
 
-/** What `hypeman doctor` reports. It takes some seconds, so it is asked for. */
+/** What `hypeman doctor` reports. It takes some seconds, so it runs on request. */
 function Doctor() {
   const found = useSignal<readonly Finding[] | undefined>(undefined);
   const [busy, work] = useWork();
@@ -91,14 +91,14 @@ function ReclaimDialog({ onClose }: { onClose: () => void }) {
   const hold = useSignal("5m");
   const plan = useSignal<MemoryReclaimResponse | undefined>(undefined);
   const error = useSignal("");
-  async function ask(dry: boolean) {
+  async function submit(dry: boolean) {
     try {
       const size = parseSize(amount.value);
-      if (!Number.isFinite(size)) throw new Error(`"${amount.value}" is no size, such as 512MB`);
+      if (!Number.isFinite(size)) throw new Error(`"${amount.value}" is not a size such as 512MB`);
       plan.value = await post<MemoryReclaimResponse>("/resources/memory/reclaim", { reclaim_bytes: Math.round(size), hold_for: hold.value, dry_run: dry });
       error.value = "";
       if (!dry) {
-        tell(`Guests lend ${bytes(plan.value.applied_reclaim_bytes)}`);
+        notify(`Guests lend ${bytes(plan.value.applied_reclaim_bytes)}`);
         onClose();
       }
     } catch (problem) {
@@ -107,8 +107,8 @@ function ReclaimDialog({ onClose }: { onClose: () => void }) {
   }
   return (
     <Dialog title="Reclaim memory" onClose={onClose} wide>
-      <form onSubmit={(event) => { event.preventDefault(); void ask(false); }}>
-        <p class="dialog-text">Guests lend memory that they do not need to the host for a while, and have it back then.</p>
+      <form onSubmit={(event) => { event.preventDefault(); void submit(false); }}>
+        <p class="dialog-text">Guests lend unused memory to the host for a while, and then get it back.</p>
         <div class="pair">
           <Field label="All guests together" error={error.value}><Text value={amount.value} onValue={(value) => { amount.value = value; }} required autofocus /></Field>
           <Field label="For" hint="Up to 1h"><Text value={hold.value} onValue={(value) => { hold.value = value; }} required /></Field>
@@ -117,7 +117,7 @@ function ReclaimDialog({ onClose }: { onClose: () => void }) {
           { title: "Instance", cell: (one) => one.instance_name }, { title: "Has", cell: (one) => bytes(one.assigned_memory_bytes), class: "number" },
           { title: "Keeps", cell: (one) => bytes(one.planned_target_guest_memory_bytes), class: "number" }, { title: "", cell: (one) => one.error ?? one.status },
         ]} />}
-        <div class="dialog-actions"><Button onClick={() => ask(true)}>Show the plan</Button><Button type="submit" kind="primary">Reclaim</Button></div>
+        <div class="dialog-actions"><Button onClick={() => submit(true)}>Show the plan</Button><Button type="submit" kind="primary">Reclaim</Button></div>
       </form>
     </Dialog>
   );

@@ -1,26 +1,26 @@
-// Images: pull with the progress of each layer, and what is here.
+// Images: pulls with the progress of each layer, and the list.
 import { useSignal } from "@preact/signals";
 import type { Image, Progress } from "api-types";
 import { useEffect } from "preact/hooks";
-import { lacking, post, remove, segment } from "../api";
+import { missingScope, post, remove, segment } from "../api";
 import { bytes, imageName, short } from "../format";
 import { go } from "../router";
-import { ask, Bar, Button, complain, Dialog, Empty, Field, Page, Panel, Problem, State, Table, tell, Text, Time, useResource } from "../ui";
+import { openDialog, Bar, Button, notifyError, Dialog, Empty, Field, Page, Panel, Problem, State, Table, notify, Text, Time, useResource } from "../ui";
 
 const ON_ITS_WAY = new Set(["pending", "pulling", "converting"]);
 
 export function Images() {
   const pulling = useSignal(false);
-  const found = useResource<Image[]>(lacking("image:read") ? "" : "/images", ["image"]);
+  const found = useResource<Image[]>(missingScope("image:read") ? "" : "/images", ["image"]);
   const images = [...(found.data ?? [])].sort((a, b) => Number(ON_ITS_WAY.has(b.status)) - Number(ON_ITS_WAY.has(a.status)) || (a.name < b.name ? -1 : 1));
   const button = <Button kind="primary" icon="download" scope="image:write" onClick={() => { pulling.value = true; }}>Pull</Button>;
   async function destroy(image: Image) {
-    const sure = await ask({ title: `Delete ${imageName(image.name)}?`, action: "Delete", danger: true, text: "Instances that were made from it keep its disk until they are deleted." });
-    if (sure !== null) await remove(`/images/${segment(image.name)}`).then(() => { tell("The image was deleted"); found.reload(); }, complain);
+    const sure = await openDialog({ title: `Delete ${imageName(image.name)}?`, action: "Delete", danger: true, text: "Instances that were made from it keep its disk until they are deleted." });
+    if (sure !== null) await remove(`/images/${segment(image.name)}`).then(() => { notify("The image was deleted"); found.reload(); }, notifyError);
   }
   return (
     <Page title="Images" subtitle="Root disks, built from OCI images and shared by all their instances." actions={button}>
-      {lacking("image:read") && <Empty icon="shield" title="Not for this token">{lacking("image:read")}.</Empty>}
+      {missingScope("image:read") && <Empty icon="shield" title="Not permitted">{missingScope("image:read")}.</Empty>}
       {found.error && <Problem message={found.error} onRetry={found.reload} />}
       {images.filter((one) => ON_ITS_WAY.has(one.status)).map((one) => <Pull key={one.name} image={one} onDone={found.reload} />)}
       {found.data && !images.length && <Empty icon="images" title="No images yet" action={button}><p>Pull any OCI image from a registry. An instance also pulls its image by itself when it is created.</p></Empty>}

@@ -1,11 +1,11 @@
-// One instance: what it does, its logs, a terminal, its files, and what belongs to it.
+// One instance: its state, logs, a terminal, files, and what belongs to it.
 import { useComputed, useSignal } from "@preact/signals";
 import type { Event as Change, Instance } from "api-types";
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef } from "preact/hooks";
 import { actionsOf } from "../actions";
 import { waiting } from "../approvals";
-import { ApiError, get, lacking, messageOf, segment } from "../api";
+import { ApiError, get, missingScope, messageOf, segment } from "../api";
 import { bytes, duration, parseSize, rate } from "../format";
 import { failure, histories, instances, loaded, put, reconnected, refresh, tick } from "../live";
 import { go } from "../router";
@@ -44,7 +44,7 @@ export function InstancePage({ reference, tab }: { reference: string; tab: strin
     return (
       <Page title={reference} crumbs={<Link to="/instances" class="crumb">Instances</Link>}>
         {problem.value instanceof ApiError && problem.value.status === 404
-          ? <Empty icon="instances" title="There is no such instance" action={<Link to="/instances">All instances</Link>}>{problem.value.message}</Empty>
+          ? <Empty icon="instances" title="Instance not found" action={<Link to="/instances">All instances</Link>}>{problem.value.message}</Empty>
           : (problem.value || (failure.value && !loaded.value)) && <Problem message={problem.value ? messageOf(problem.value) : failure.value} />}
       </Page>
     );
@@ -108,7 +108,7 @@ function Overview({ instance }: { instance: Instance }) {
   return (
     <>
       {instance.state_error && <Problem message={instance.state_error} />}
-      {instance.guest_silent_since && <Problem message="The guest does not answer. Stop and delete work." />}
+      {instance.guest_silent_since && <Problem message="The guest does not answer. It can still be stopped and deleted." />}
       <Held instance={instance} />
       <Phases instance={instance} />
       <Graphs instance={instance} />
@@ -152,7 +152,7 @@ const PHASES: Record<string, [string, string]> = {
   paused: ["Paused", "rest"], standby: ["Standby", "rest"], shutdown: ["Shutting down", "off"], stopped: ["Stopped", "off"], unknown: ["Unknown", "bad"],
 };
 
-/** Where the time went. The boot is drawn to scale; what may last for days is only told. */
+/** Where the time went. The boot is drawn to scale; phases that may last for days are only listed. */
 function Phases({ instance }: { instance: Instance }) {
   const moving = !["Running", "Stopped", "Standby"].includes(instance.state);
   useTick(moving ? 250 : 5000);
@@ -219,7 +219,7 @@ function Settings({ instance }: { instance: Instance }) {
         {env.length ? (
           <div class="table-wrap" tabIndex={0} role="region" aria-label="Environment"><table class="table"><thead><tr><th scope="col">Name</th><th scope="col">Value</th></tr></thead>
             <tbody>{env.map(([name, value]) => <tr key={name}><td class="mono">{name}</td><td class="mono wrap">{value}</td></tr>)}</tbody></table></div>
-        ) : <Empty icon="terminal" title="No variables">Variables given at the creation (<code>-e NAME=VALUE</code>) are in every program's environment.</Empty>}
+        ) : <Empty icon="terminal" title="No variables">Variables set at creation (<code>-e NAME=VALUE</code>) are in every program's environment.</Empty>}
       </Panel>
       <Panel title="Policies"><Facts rows={policies} /></Panel>
     </div>
@@ -228,12 +228,12 @@ function Settings({ instance }: { instance: Instance }) {
 
 const SHELL = "command -v bash >/dev/null 2>&1 && exec bash; exec sh";
 
-/** Stays open while other views are looked at. */
+/** Stays open while other views are shown. */
 function TerminalView({ instance, shown }: { instance: Instance; shown: boolean }) {
   const place = useRef<HTMLDivElement>(null);
   const over = useSignal("");
   const turn = useSignal(0);
-  const refused = lacking("instance:write") ?? (instance.state === "Running" ? undefined : `${instance.name} is ${instance.state}. A terminal needs it running.`);
+  const refused = missingScope("instance:write") ?? (instance.state === "Running" ? undefined : `${instance.name} is ${instance.state}. A terminal needs a running instance.`);
   useEffect(() => {
     if (refused) return;
     let gone = false;
@@ -250,7 +250,7 @@ function TerminalView({ instance, shown }: { instance: Instance; shown: boolean 
   }, [refused === undefined, turn.value, instance.id]);
   return (
     <div class="terminal-view" hidden={!shown}>
-      {refused ? <Empty icon="terminal" title="No terminal now">{refused}</Empty> : (
+      {refused ? <Empty icon="terminal" title="No terminal">{refused}</Empty> : (
         <>
           <div class="terminal" ref={place} aria-label={`Terminal in ${instance.name}`} role="application" key={turn.value} />
           <div class="terminal-foot">

@@ -3,7 +3,7 @@ import { useComputed, useSignal } from "@preact/signals";
 import type { Instance } from "api-types";
 import { useEffect, useRef } from "preact/hooks";
 import { actionsOf } from "../actions";
-import { lacking } from "../api";
+import { missingScope } from "../api";
 import { bytes, imageName, parseSize, plural, rate } from "../format";
 import { failure, histories, instances, loaded, tick } from "../live";
 import { go } from "../router";
@@ -96,7 +96,7 @@ export function Instances() {
   );
 
   const create = <Button kind="primary" icon="plus" scope="instance:write" onClick={() => go("/create")}>Create</Button>;
-  if (lacking("instance:read")) return <Page title="Instances"><Empty icon="shield" title="Not for this token">{lacking("instance:read")}.</Empty></Page>;
+  if (missingScope("instance:read")) return <Page title="Instances"><Empty icon="shield" title="Not permitted">{missingScope("instance:read")}.</Empty></Page>;
   if (failure.value && !loaded.value) return <Page title="Instances"><Problem message={failure.value} /></Page>;
   if (loaded.value && !instances.value.size) return <Page title="Instances"><Welcome /></Page>;
   return (

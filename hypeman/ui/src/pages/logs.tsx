@@ -30,7 +30,7 @@ type LogProps = {
   url: string;
   /** The line in an event; undefined if it has none, null if the stream ends with it. */
   read: (data: string) => string | undefined | null;
-  /** The stream is opened again when it changes. */
+  /** A change opens the stream again. */
   again?: unknown;
   tools?: ComponentChildren;
 };
@@ -68,7 +68,7 @@ export function LogView({ label, file, url, read, again, tools }: LogProps) {
       waiting.push(line.replace(ESCAPES, ""));
       frame ||= requestAnimationFrame(flush);
     };
-    stream.onerror = () => { problem.value = stream.readyState === EventSource.CLOSED ? "There is no such log yet." : "The connection broke; trying again."; };
+    stream.onerror = () => { problem.value = stream.readyState === EventSource.CLOSED ? "This log does not exist yet." : "The connection was lost; trying again."; };
     return () => { stream.close(); cancelAnimationFrame(frame); };
   }, [url, again]);
 

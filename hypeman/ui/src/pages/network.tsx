@@ -1,12 +1,12 @@
-// How an instance is reached: its address, published ports, and the host names that lead to it.
+// How an instance is reached: its address, published ports, and host names.
 import { useSignal } from "@preact/signals";
 import type { Ingress, Instance, PortMapping } from "api-types";
-import { call, lacking, segment } from "../api";
+import { call, missingScope, segment } from "../api";
 import { put } from "../live";
-import { Button, Dialog, Empty, Facts, Field, Link, Panel, Problem, Table, tell, Text, useResource } from "../ui";
+import { Button, Dialog, Empty, Facts, Field, Link, Panel, Problem, Table, notify, Text, useResource } from "../ui";
 
 export function Network({ instance }: { instance: Instance }) {
-  const unreadable = lacking("ingress:read");
+  const unreadable = missingScope("ingress:read");
   const ingresses = useResource<Ingress[]>(unreadable ? "" : "/ingresses", ["ingress"]);
   const editing = useSignal(false);
   const network = instance.network;
@@ -39,7 +39,7 @@ export function Network({ instance }: { instance: Instance }) {
           { title: "Guest port", cell: ({ rule }) => <span class="mono">{rule.target.port}</span> },
           { title: "Ingress", cell: ({ one }) => one.name },
         ]} /> : unreadable || ingresses.error ? <Problem message={unreadable ?? ingresses.error} />
-          : ingresses.data && <Empty icon="ingress" title="No host name leads here">An ingress passes requests for a host name on to an instance.</Empty>}
+          : ingresses.data && <Empty icon="ingress" title="No host names">An ingress passes requests for a host name on to an instance.</Empty>}
       </Panel>
       {editing.value && <PortsDialog instance={instance} onClose={() => { editing.value = false; }} />}
     </>
@@ -49,11 +49,11 @@ export function Network({ instance }: { instance: Instance }) {
 /** First port and number of ports of "8000" or "8000-8010". */
 function range(text: string, part: string): [first: number, count: number] {
   const [first, last = first] = part.split("-").map(Number) as [number, number?];
-  if (last > 65535 || last < first) throw new Error(`"${text}": ${part} is no port or range of ports`);
+  if (last > 65535 || last < first) throw new Error(`"${text}": ${part} is not a port or a range of ports`);
   return [first, last - first + 1];
 }
 
-/** "127.0.0.1:8000:80/udp" or "8000-8010:80-90" as the API wants it. Throws an Error that says what is wrong. */
+/** "127.0.0.1:8000:80/udp" or "8000-8010:80-90" in the form of the API. Throws an Error for malformed text. */
 export function parsePort(text: string): Record<string, unknown> {
   const match = /^(?:(?:(\[[\da-f:]+\]|[\d.]+):)?(\d+(?:-\d+)?):)?(\d+(?:-\d+)?)(?:\/(tcp|udp))?$/i.exec(text.trim());
   if (!match) throw new Error(`"${text}" is not HOST:GUEST, such as 8000:80 or 127.0.0.1:5353:53/udp`);
@@ -81,13 +81,13 @@ function PortsDialog({ instance, onClose }: { instance: Instance; onClose: () =>
         try {
           const ports = text.value.split(/[\s,]+/).filter(Boolean).map(parsePort);
           put(await call<Instance>("PATCH", `/instances/${segment(instance.id)}`, { ports }));
-          tell("The ports were changed");
+          notify("The ports were changed");
           onClose();
         } catch (problem) {
           error.value = (problem as Error).message;
         }
       }}>
-        <Field label="Ports" hint="HOST:GUEST or ranges of both, separated by commas. They replace those from before; connections through others are cut." error={error.value}>
+        <Field label="Ports" hint="HOST:GUEST or ranges of both, separated by commas. They replace the present ones; connections through removed ports are closed." error={error.value}>
           <Text value={text.value} onValue={(value) => { text.value = value; }} placeholder="8000:80, 127.0.0.1:5353:53/udp" autofocus />
         </Field>
         <div class="dialog-actions"><Button onClick={onClose}>Cancel</Button><Button type="submit" kind="primary">Publish</Button></div>

@@ -7,7 +7,7 @@ import { duration } from "../format";
 import { Empty, Icon, Panel, Problem, Time, useResource } from "../ui";
 
 const SHOWN = 30;
-/** So often the list is read again: what policies do has no event of its own. */
+/** How often the list is read again: the actions of policies have no events of their own. */
 const LOOK_MS = 10_000;
 /** Likewise while an operation has not ended. */
 const LOOK_SOON_MS = 1500;
@@ -22,7 +22,7 @@ export function Operations({ instance }: { instance: Instance }) {
   if (!found.data) return null;
   if (!found.data.length) {
     return (
-      <Panel><Empty icon="events" title="No operation is remembered">
+      <Panel><Empty icon="events" title="No operations">
         <p>The server keeps the newest operations of all instances in memory: calls that may change something, and what policies did.</p>
       </Empty></Panel>
     );

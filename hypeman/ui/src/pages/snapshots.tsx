@@ -1,17 +1,17 @@
 // Snapshots of an instance as a tree: captures in their order, and below each what was forked from it.
 import type { Event as Change, Instance, Snapshot } from "api-types";
-import { lacking, post, remove, segment } from "../api";
+import { missingScope, post, remove, segment } from "../api";
 import { snapshot as take } from "../actions";
 import { bytes } from "../format";
 import { instances, put } from "../live";
 import { go } from "../router";
-import { ask, Button, complain, Empty, Icon, Link, Panel, Problem, State, tell, Time, useResource } from "../ui";
+import { openDialog, Button, notifyError, Empty, Icon, Link, Panel, Problem, State, notify, Time, useResource } from "../ui";
 
 type Fork = { id: string; name: string; snapshot?: string };
 
 export function Snapshots({ instance }: { instance: Instance }) {
   const path = `/snapshots?source_instance_id=${segment(instance.id)}`;
-  const found = useResource<Snapshot[]>(lacking("snapshot:read") ? "" : path, ["snapshot"]);
+  const found = useResource<Snapshot[]>(missingScope("snapshot:read") ? "" : path, ["snapshot"]);
   const born = useResource<Change[]>("/events?follow=false&since=0&limit=10000&type=instance.created", ["instance"]);
   const forks: Fork[] = (born.data ?? [])
     .filter((event) => event.data?.forked_from === instance.id || event.data?.forked_from === instance.name)
@@ -19,12 +19,12 @@ export function Snapshots({ instance }: { instance: Instance }) {
   const snapshots = [...(found.data ?? [])].sort((a, b) => (a.created_at < b.created_at ? -1 : 1));
   const unavailable = ["Running", "Standby", "Stopped"].includes(instance.state) ? undefined : `${instance.name} is ${instance.state}`;
   const button = <Button icon="camera" scope="snapshot:write" unavailable={unavailable} onClick={() => take(instance)}>Take snapshot</Button>;
-  if (lacking("snapshot:read")) return <Panel><Empty icon="shield" title="Not for this token">{lacking("snapshot:read")}.</Empty></Panel>;
+  if (missingScope("snapshot:read")) return <Panel><Empty icon="shield" title="Not permitted">{missingScope("snapshot:read")}.</Empty></Panel>;
   if (found.error) return <Problem message={found.error} onRetry={found.reload} />;
   if (found.data && !snapshots.length && !forks.length) {
     return (
       <Panel><Empty icon="camera" title="No snapshots" action={button}>
-        <p>A snapshot keeps memory and disks at one moment. The instance can go back to it, and any number of forks can begin from it, each in a fraction of a second.</p>
+        <p>A snapshot keeps memory and disks at one moment. The instance can go back to it, and any number of forks can start from it, each in a fraction of a second.</p>
       </Empty></Panel>
     );
   }
@@ -55,32 +55,32 @@ function ForkNode({ fork }: { fork: Fork }) {
 function Node({ one, instance, forks }: { one: Snapshot; instance: Instance; forks: readonly Fork[] }) {
   const name = one.name ?? one.id.slice(0, 12);
   async function restore() {
-    const sure = await ask({ title: `Restore ${instance.name} to ${name}?`, action: "Restore", danger: true,
+    const sure = await openDialog({ title: `Restore ${instance.name} to ${name}?`, action: "Restore", danger: true,
       text: "Everything that happened since is lost. Take another snapshot first if you may need it." });
     if (sure === null) return;
     try {
       put(await post<Instance>(`/instances/${segment(instance.id)}/snapshots/${segment(one.id)}/restore`, {}));
-      tell(`${instance.name} is as it was at ${name}`);
+      notify(`${instance.name} was restored to ${name}`);
     } catch (error) {
-      complain(error);
+      notifyError(error);
     }
   }
   async function fork() {
-    const made = await ask({ title: `Fork from ${name}`, action: "Fork", text: "A new instance that begins where the snapshot was taken.",
-      field: { label: "Name of the fork", value: `${instance.name}-${Math.random().toString(36).slice(2, 6)}`, hint: "Small letters, digits and -" } });
+    const made = await openDialog({ title: `Fork from ${name}`, action: "Fork", text: "A new instance that continues from the snapshot.",
+      field: { label: "Name of the fork", value: `${instance.name}-${Math.random().toString(36).slice(2, 6)}`, hint: "Lowercase letters, digits and -" } });
     if (made === null) return;
     try {
       put(await post<Instance>(`/snapshots/${segment(one.id)}/fork`, { name: made }));
-      tell(`${made} was forked`);
+      notify(`${made} was forked`);
       go(`/instances/${made}`);
     } catch (error) {
-      complain(error);
+      notifyError(error);
     }
   }
   async function destroy() {
-    const sure = await ask({ title: `Delete snapshot ${name}?`, action: "Delete", danger: true, text: "Forks that were made from it go on." });
+    const sure = await openDialog({ title: `Delete snapshot ${name}?`, action: "Delete", danger: true, text: "Forks made from it are kept." });
     if (sure === null) return;
-    await remove(`/snapshots/${segment(one.id)}`).then(() => tell(`${name} was deleted`), complain);
+    await remove(`/snapshots/${segment(one.id)}`).then(() => notify(`${name} was deleted`), notifyError);
   }
   return (
     <li>

@@ -1,14 +1,14 @@
-// What instances used, also deleted ones: the ledger, by instance, by the values of a tag, or by day.
+// Usage of instances, including deleted ones: the ledger, by instance, by the values of a tag, or by day.
 import { useSignal } from "@preact/signals";
 import type { Instance, UsageReport, UsageRow, UsageVerification } from "api-types";
-import { get, lacking, segment } from "../api";
+import { get, missingScope, segment } from "../api";
 import { bytes, dateTime } from "../format";
 import { instances } from "../live";
 import { Button, Empty, Facts, Link, Page, Panel, Problem, Select, Table, useResource, useWork } from "../ui";
 import type { Column } from "../ui";
 
 const SINCE = [["24h", "Last day"], ["168h", "Last week"], ["720h", "Last 30 days"], ["", "Everything kept"]] as const;
-/** The current period grows; it is read again so often. */
+/** How often the current period, which grows, is read again. */
 const LOOK_MS = 30_000;
 
 const cpuHours = (row: UsageRow) => (row.cpu_seconds / 3600).toFixed(2);
@@ -20,13 +20,13 @@ export function Usage() {
   const tag = useSignal("");
   const keys = [...new Set([...instances.value.values()].flatMap((one) => Object.keys(one.tags ?? {})))].sort();
   const key = tag.value || keys[0] || "";
-  const readable = !lacking("instance:read");
+  const readable = !missingScope("instance:read");
   const wanted = `/usage?by=${by.value}${since.value ? `&since=${since.value}` : ""}${by.value === "tag" ? `&tag=${segment(key)}` : ""}`;
   const found = useResource<UsageReport>(readable && (by.value !== "tag" || key) ? wanted : "", [], LOOK_MS);
   const report = found.data;
   return (
     <Page title="Usage" subtitle="CPU time, memory, disk and traffic of each instance, deleted ones as well.">
-      {!readable && <Empty icon="shield" title="Not for this token">{lacking("instance:read")}.</Empty>}
+      {!readable && <Empty icon="shield" title="Not permitted">{missingScope("instance:read")}.</Empty>}
       <div class="toolbar">
         <div class="segments" role="group" aria-label="Rows">
           {[["instance", "By instance"], ["tag", "By tag"], ["day", "By day"]].map(([value, title]) => (
@@ -63,20 +63,20 @@ function Rows({ report, tag }: { report: UsageReport; tag: string }) {
   ]} />;
 }
 
-/** Whether the ledger is as it was written. */
+/** Whether the ledger is unmodified. */
 function Verify() {
   const result = useSignal<UsageVerification | undefined>(undefined);
   const [busy, work] = useWork();
-  const told = result.value;
+  const reply = result.value;
   return (
     <span class="actions">
-      {told && <span role="status" class={`pill ${told.valid ? "good" : "bad"}`} title={told.hash}>{told.valid ? `as it was written, up to block ${told.last}` : `block ${told.block}: ${told.fault}`}</span>}
+      {reply && <span role="status" class={`pill ${reply.valid ? "good" : "bad"}`} title={reply.hash}>{reply.valid ? `unmodified up to block ${reply.last}` : `block ${reply.block}: ${reply.fault}`}</span>}
       <Button icon="check" scope="instance:read" busy={busy === "verify"} onClick={() => work("verify", async () => { result.value = await get<UsageVerification>("/usage/verify"); })}>Verify the ledger</Button>
     </span>
   );
 }
 
-/** What one instance used since it was created. */
+/** Usage of one instance since it was created. */
 export function UsageOf({ instance }: { instance: Instance }) {
   const found = useResource<UsageReport>(`/usage?instance=${segment(instance.id)}`, [], LOOK_MS);
   const total = found.data?.total;

@@ -1,22 +1,22 @@
 // Volumes: all of them, and those of one instance.
 import { useSignal } from "@preact/signals";
 import type { Instance, Volume } from "api-types";
-import { call, lacking, post, remove, segment } from "../api";
+import { call, missingScope, post, remove, segment } from "../api";
 import { instances, put } from "../live";
-import { ask, Button, Check, complain, Dialog, Empty, Field, Link, Page, Panel, Problem, Select, Table, Tags, tell, Text, Time, useResource } from "../ui";
+import { openDialog, Button, Check, notifyError, Dialog, Empty, Field, Link, Page, Panel, Problem, Select, Table, Tags, notify, Text, Time, useResource } from "../ui";
 
 export function Volumes() {
   const making = useSignal(false);
-  const found = useResource<Volume[]>(lacking("volume:read") ? "" : "/volumes", ["volume"]);
+  const found = useResource<Volume[]>(missingScope("volume:read") ? "" : "/volumes", ["volume"]);
   const volumes = [...(found.data ?? [])].sort((a, b) => (a.name < b.name ? -1 : 1));
   const button = <Button kind="primary" icon="plus" scope="volume:write" onClick={() => { making.value = true; }}>Create</Button>;
   async function destroy(volume: Volume) {
-    const sure = await ask({ title: `Delete volume ${volume.name}?`, action: "Delete", danger: true, text: "Its data is lost." });
-    if (sure !== null) await remove(`/volumes/${segment(volume.id)}`).then(() => { tell(`${volume.name} was deleted`); found.reload(); }, complain);
+    const sure = await openDialog({ title: `Delete volume ${volume.name}?`, action: "Delete", danger: true, text: "Its data is lost." });
+    if (sure !== null) await remove(`/volumes/${segment(volume.id)}`).then(() => { notify(`${volume.name} was deleted`); found.reload(); }, notifyError);
   }
   return (
     <Page title="Volumes" subtitle="Disks that outlive instances." actions={button}>
-      {lacking("volume:read") && <Empty icon="shield" title="Not for this token">{lacking("volume:read")}.</Empty>}
+      {missingScope("volume:read") && <Empty icon="shield" title="Not permitted">{missingScope("volume:read")}.</Empty>}
       {found.error && <Problem message={found.error} onRetry={found.reload} />}
       {found.data && !volumes.length && <Empty icon="volumes" title="No volumes" action={button}><p>A volume keeps data when its instance is deleted. It can be attached and detached while the guest runs.</p></Empty>}
       {volumes.length > 0 && <Panel flush><Table label="Volumes" rows={volumes} id={(one) => one.id} columns={[
@@ -42,7 +42,7 @@ function CreateDialog({ onClose }: { onClose: () => void }) {
         event.preventDefault();
         try {
           await post("/volumes", { name: name.value, size_gb: Number(size.value) });
-          tell(`${name.value} was created`);
+          notify(`${name.value} was created`);
           onClose();
         } catch (problem) {
           error.value = (problem as Error).message;
@@ -58,7 +58,7 @@ function CreateDialog({ onClose }: { onClose: () => void }) {
 
 export function Mounts({ instance }: { instance: Instance }) {
   const attaching = useSignal(false);
-  const unreadable = lacking("volume:read");
+  const unreadable = missingScope("volume:read");
   const found = useResource<Volume[]>(unreadable ? "" : "/volumes", ["volume"]);
   const mounts = instance.volumes ?? [];
   const name = (id: string) => found.data?.find((one) => one.id === id)?.name ?? id;
@@ -66,9 +66,9 @@ export function Mounts({ instance }: { instance: Instance }) {
   async function detach(id: string) {
     try {
       put(await call<Instance>("DELETE", `/instances/${segment(instance.id)}/volumes/${segment(id)}`));
-      tell(`${name(id)} was detached`);
+      notify(`${name(id)} was detached`);
     } catch (error) {
-      complain(error);
+      notifyError(error);
     }
   }
   return (
@@ -78,7 +78,7 @@ export function Mounts({ instance }: { instance: Instance }) {
         { title: "Mounted at", cell: (one) => <span class="mono">{one.files ? `files below ${one.mount_path}` : one.mount_path}</span> },
         { title: "Access", cell: (one) => (one.overlay ? "private copy" : one.readonly ? "read-only" : "read and write") },
         { title: "", class: "end", cell: (one) => <Button kind="plain" scope="volume:write" onClick={() => detach(one.volume_id)}>Detach</Button> },
-      ]} /> : <Empty icon="volumes" title="No volumes">What the guest writes outside of volumes is on its own disk, and goes with it.</Empty>}
+      ]} /> : <Empty icon="volumes" title="No volumes">What the guest writes outside of volumes is on its own disk and is deleted with it.</Empty>}
       {attaching.value && <AttachDialog instance={instance} volumes={found.data ?? []} problem={unreadable ?? found.error} onClose={() => { attaching.value = false; found.reload(); }} />}
     </Panel>
   );
@@ -107,7 +107,7 @@ function AttachDialog({ instance, volumes, problem, onClose }: { instance: Insta
           <Check checked={readonly.value} onValue={(value) => { readonly.value = value; }}>Read-only</Check>
           <div class="dialog-actions"><Button onClick={onClose}>Cancel</Button><Button type="submit" kind="primary">Attach</Button></div>
         </form>
-      ) : problem ? <Problem message={problem} /> : <Empty icon="volumes" title="There is no other volume"><Link to="/volumes">Create one first</Link></Empty>}
+      ) : problem ? <Problem message={problem} /> : <Empty icon="volumes" title="No other volume"><Link to="/volumes">Create one first</Link></Empty>}
     </Dialog>
   );
 }
