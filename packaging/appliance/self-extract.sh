@@ -1,7 +1,7 @@
 #!/bin/sh
-# Hypeman as one file: this script, and behind its last line a tar.gz of the program. The first call
-# unpacks it into a directory of its own, named after its content; later calls only find it there.
-# Root's is /var/lib/hypeman-appliance, anybody else's below ~/.cache; HYPEMAN_UNPACK_DIR overrules both.
+# Hypeman as one file: this script, and after its last line a tar.gz of the program. The first call unpacks it into a
+# directory of its own, named after its content, which later calls use. Root's is below /var/lib/hypeman-appliance,
+# other users' below ~/.cache; HYPEMAN_UNPACK_DIR overrides both.
 set -eu
 identity=@IDENTITY@
 if [ -n "${HYPEMAN_UNPACK_DIR:-}" ]; then
@@ -16,7 +16,7 @@ me=$(id -u)
 
 # refuse_unless_ours DIRECTORY: it and every directory above must belong to root or to the caller and be writable by
 # nobody else, or another user could put a program there for the caller to run. Others may write to a directory with
-# the sticky bit, such as /tmp: what is in it can be exchanged only by its owner.
+# the sticky bit, such as /tmp: what is in it can be replaced only by its owner.
 refuse_unless_ours() {
     directory=$(cd "$1" && pwd -P) || exit 1
     others=02
@@ -44,7 +44,7 @@ if [ ! -x "$program" ]; then
     begin=$(awk '/^--- payload ---$/ { print NR + 1; exit }' "$0")
     tail -n "+$begin" "$0" | tar -xz -C "$work" --strip-components=1 --no-same-owner -f -
     chmod 755 "$work"
-    # Whoever is first wins; the loser takes what the winner made.
+    # Of concurrent calls the first to finish wins; the others use its directory.
     mv -T "$work" "$base/$identity" 2>/dev/null || [ -x "$program" ]
     rm -rf "$work"
     trap - EXIT

@@ -1,7 +1,7 @@
 """``extract_vmlinux.py VMLINUZ OUTPUT``: the ELF kernel inside a bzImage.
 
-The boot header (Documentation/x86/boot.rst) tells where the compressed kernel lies; its first bytes
-tell how it was compressed.
+The boot header (Documentation/x86/boot.rst) gives the position of the compressed kernel, whose first bytes identify the
+compression.
 """
 
 import gzip
@@ -19,7 +19,7 @@ GZIP = b"\x1f\x8b"
 
 def extract(image: bytes) -> bytes:
     if image[0x202:0x206] != b"HdrS":
-        raise SystemExit("extract_vmlinux: this is no bzImage")
+        raise SystemExit("extract_vmlinux: not a bzImage")
     setup_sectors = image[0x1F1] or 4
     offset, length = struct.unpack_from("<II", image, 0x248)  # payload_offset, payload_length
     begin = (setup_sectors + 1) * 512 + offset
@@ -35,7 +35,7 @@ def extract(image: bytes) -> bytes:
     else:
         raise SystemExit(f"extract_vmlinux: unknown compression, first bytes {payload[:6].hex()}")
     if not kernel.startswith(b"\x7fELF"):
-        raise SystemExit("extract_vmlinux: what came out is no ELF file")
+        raise SystemExit("extract_vmlinux: the result is not an ELF file")
     return kernel
 
 

@@ -46,11 +46,11 @@ def test_the_kernel_is_found_in_its_image(compress: Callable[[bytes], bytes]) ->
 
 def test_what_is_no_kernel_is_refused() -> None:
     module = load("extract_vmlinux")
-    with pytest.raises(SystemExit, match="no bzImage"):
+    with pytest.raises(SystemExit, match="not a bzImage"):
         module.extract(bytes(4096))
     with pytest.raises(SystemExit, match="unknown compression"):
         module.extract(image_with(b"something else", 14))
-    with pytest.raises(SystemExit, match="no ELF"):
+    with pytest.raises(SystemExit, match="not an ELF"):
         module.extract(image_with(gzip.compress(b"text"), 4))
 
 
