@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import click
@@ -60,7 +60,7 @@ def create(
     body = present(image=image, target=target, insecure=insecure, credentials=given or sent_login(target))
     made = session.client.post("/pushes", body)
     if not detach:
-        with interrupted(f"the server continues; to see how far it is: hypeman push get {made['id']}"):
+        with interrupted(f"the server continues; to stop it: hypeman push cancel {made['id']}"):
             made = _wait(session, made)
     session.show(made, lambda: f"{made['id']} {made['status']} {made['target']}")
 
@@ -69,7 +69,7 @@ def _wait(session: Session, made: dict[str, Any]) -> dict[str, Any]:
     visible = sys.stderr.isatty()
     while made["status"] not in ("pushed", "failed"):
         if visible:
-            total = f" {size(made['bytes'])}" if made.get("bytes") else ""
+            total = f" {size(made.get('bytes_done') or 0)} of {size(made['bytes'])}" if made.get("bytes") else ""
             sys.stderr.write("\r\x1b[K" + one_line(f"{made['image']}: {made['status']}{total}"))
             sys.stderr.flush()
         time.sleep(_POLL_SECONDS)
@@ -103,3 +103,11 @@ def list_pushes(session: Session, quiet: bool) -> None:
 def get_push(session: Session, push_id: str) -> None:
     """Show everything about a push."""
     session.show(session.client.get(f"/pushes/{segment(push_id)}"))
+
+
+@push.command("cancel")
+@click.argument("push_ids", metavar="ID", nargs=-1, required=True)
+@reports
+def cancel(session: Session, push_ids: Sequence[str]) -> None:
+    """Cancel queued or running pushes."""
+    session.delete_each(push_ids, lambda push_id: f"/pushes/{segment(push_id)}")

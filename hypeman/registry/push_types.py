@@ -45,4 +45,7 @@ class Push(msgspec.Struct, frozen=True, kw_only=True):
     error: Annotated[str | None, Meta(description="Only when failed")] = None
     layers: Annotated[int | UnsetType, Meta(description="Number of layers")] = UNSET
     bytes: Annotated[int | UnsetType, Meta(description="Compressed bytes of the layers")] = UNSET
+    bytes_done: Annotated[
+        int | UnsetType, Meta(description="Extension: of bytes, what was sent or is there already; only while pushing")
+    ] = UNSET
     completed_at: Timestamp | None = None

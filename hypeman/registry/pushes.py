@@ -1,7 +1,7 @@
 """Pushes images of this host to other registries, one layer after the other, two images at once.
 
     request ──► record (queued) ──► pushing ──► pushed
-                                       └──────► failed
+                             └─────────┴──────► failed, also if it is cancelled
 
 Blobs that the registry has already are not sent, so a push that is repeated is short. A push interrupted by a restart
 is begun again, unless it used a login supplied with the request, which was kept in memory only.
@@ -22,7 +22,7 @@ import msgspec
 import trio
 
 from hypeman import events
-from hypeman.errors import Conflict, HypemanError, InvalidRequest, NotFound
+from hypeman.errors import Conflict, HypemanError, InvalidRequest, NotFound, RateLimited
 from hypeman.host.files import read_pieces
 from hypeman.ids import new_id
 from hypeman.images.auth import NOBODY, Login, login_of
@@ -43,6 +43,10 @@ _KEPT = 200
 _MAX_QUEUED = 1000
 _ATTEMPTS = 4
 _DELAY = 1.0
+_MAX_DELAY = 60.0
+"""Seconds that a registry may ask to wait."""
+_CANCELLED = "cancelled"
+"""The error of a cancelled push: for clients that know the contract's four states it has failed."""
 
 
 class PushRow(msgspec.Struct, frozen=True):
@@ -58,6 +62,19 @@ PUSHES = Table("pushes", PushRow)
 class PushableImages(Protocol):
     async def get(self, name: str) -> Image: ...
     async def packaged(self, name: str) -> bytes: ...
+
+
+class _Running:
+    """A push that is under way."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.done = 0
+        """Bytes of layers that the other registry has."""
+        self.sent = 0
+        """Bytes of the layer that is being sent."""
+        self.naming = False
+        """The manifest is being sent: the image appears, and the push can no longer be cancelled."""
 
 
 class Pushes:
@@ -82,6 +99,7 @@ class Pushes:
         self._queue: deque[str] = deque()
         self._queued = trio.Semaphore(0)
         self._logins: dict[str, Login] = {}
+        self._running: dict[str, _Running] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Resume what was interrupted, then work until cancelled."""
@@ -144,7 +162,26 @@ class Pushes:
             raise NotFound(f"there is no push {push_id}")
         return self._view(row.push)
 
+    async def cancel(self, push_id: str) -> None:
+        """End a push; what was sent stays at the other registry, without a name. Raises NotFound; Conflict if it is
+        over, or the image is just appearing."""
+        await self.get(push_id)
+        if (running := self._running.get(push_id)) is not None:
+            if running.naming:
+                raise Conflict(f"push {push_id} has sent everything; its image is just appearing")
+            running.scope.cancel()
+        if push_id in self._queue:
+            self._queue.remove(push_id)
+        with trio.CancelScope(shield=True):
+            ended = await self._end(push_id, error=_CANCELLED)
+            self._logins.pop(push_id, None)
+        if not ended:
+            raise Conflict(f"push {push_id} is over")
+
     def _view(self, push: Push) -> Push:
+        running = self._running.get(push.id)
+        if push.status is PushStatus.PUSHING and running is not None:
+            return msgspec.structs.replace(push, bytes_done=running.done + running.sent)
         if push.status is PushStatus.QUEUED and push.id in self._queue:
             return msgspec.structs.replace(push, queue_position=self._queue.index(push.id) + 1)
         return push
@@ -158,16 +195,20 @@ class Pushes:
     async def _work(self) -> None:
         while True:
             await self._queued.acquire()
-            await self._do(self._queue.popleft())
+            if self._queue:  # fewer than were queued, if some were cancelled
+                await self._do(self._queue.popleft())
 
     async def _do(self, push_id: str) -> None:
         row = self._store.read(lambda txn: txn.get(PUSHES, push_id))
-        if row is None:
-            return
+        if row is None or row.push.status.is_final:
+            return  # cancelled meanwhile
         login = self._logins.get(push_id, NOBODY)
-        error = ""
+        running = self._running[push_id] = _Running()
+        error = _CANCELLED
         try:
-            await self._push(row, login)
+            with running.scope:
+                await self._push(row, login, running)
+                error = ""
         except HypemanError as failure:
             error = failure.message
         except OSError as failure:
@@ -176,64 +217,91 @@ class Pushes:
             log.exception("push %s failed", push_id)
             error = "an internal error; the server's log has its cause"
         finally:
+            del self._running[push_id]
             self._logins.pop(push_id, None)
             self._client.forget(login)
         await self._end(push_id, error=error)
 
-    async def _push(self, row: PushRow, login: Login) -> None:
+    async def _push(self, row: PushRow, login: Login, running: _Running) -> None:
         name = row.push.image
         data = await self._images.packaged(name)
         manifest = parse_manifest(data)
         assert isinstance(manifest, Manifest)
         size = sum(layer.size for layer in manifest.layers)
         await self._change(row.push.id, status=PushStatus.PUSHING, layers=len(manifest.layers), bytes=size)
-        upload = _Upload(self._client, self._blobs, parse_reference(row.push.target), login, row.insecure)
-        parts = {part.digest: part for part in (*manifest.layers, manifest.config)}
-        for part in parts.values():
-            await self._retried(partial(upload.blob, part))
+        upload = _Upload(self._client, self._blobs, parse_reference(row.push.target), login, row.insecure, running)
+        sent = set[str]()
+        for part in (*manifest.layers, manifest.config):
+            if part.digest not in sent:
+                await self._retried(partial(upload.blob, part))
+                sent.add(part.digest)
+            running.sent = 0
+            if part is not manifest.config:
+                running.done += part.size
+        running.naming = True
         await self._retried(partial(upload.manifest, data, manifest.media_type or MANIFEST_TYPES[0]))
 
     async def _retried(self, attempt: Callable[[], Awaitable[None]]) -> None:
         delay = self._delay
         for left in reversed(range(_ATTEMPTS)):
+            wait = delay
             try:
                 await attempt()
                 return
             except RegistryError:
                 if not left:
                     raise
-            await trio.sleep(delay)
+            except RateLimited as error:
+                wait = max(delay, error.retry_after or 0.0)
+                if not left or wait > _MAX_DELAY:
+                    raise
+            await trio.sleep(wait)
             delay *= 2
 
-    async def _change(self, push_id: str, **fields: object) -> None:
-        def write(txn: Txn) -> None:
+    async def _change(self, push_id: str, **fields: object) -> bool:
+        """Of a push that is not over; whether it was one."""
+
+        def write(txn: Txn) -> bool:
             row = txn.get(PUSHES, push_id)
-            if row is not None:
-                push = msgspec.structs.replace(row.push, **fields)
-                txn.put(PUSHES, push_id, msgspec.structs.replace(row, push=push))
-                if push.status.is_final:
-                    _note(txn, push, push.status.value)
+            if row is None or row.push.status.is_final:
+                return False
+            push = msgspec.structs.replace(row.push, **fields)
+            txn.put(PUSHES, push_id, msgspec.structs.replace(row, push=push))
+            if push.status.is_final:
+                _note(txn, push, push.status.value)
+            return True
 
-        await self._store.write(write)
+        return await self._store.write(write)
 
-    async def _end(self, push_id: str, *, error: str) -> None:
+    async def _end(self, push_id: str, *, error: str) -> bool:
+        """Record how it ended; False if that was recorded before."""
+        now = self._now()
         with trio.CancelScope(shield=True):
-            if error:
+            if not error:
+                return await self._change(push_id, status=PushStatus.PUSHED, completed_at=now)
+            if error != _CANCELLED:
                 log.warning("push %s failed: %s", push_id, error)
-                await self._change(push_id, status=PushStatus.FAILED, error=error[:2000], completed_at=self._now())
-            else:
-                await self._change(push_id, status=PushStatus.PUSHED, completed_at=self._now())
+            return await self._change(push_id, status=PushStatus.FAILED, error=error[:2000], completed_at=now)
 
 
 class _Upload:
     """The push of one image."""
 
-    def __init__(self, client: RegistryClient, blobs: Blobs, target: Reference, login: Login, insecure: bool) -> None:
+    def __init__(
+        self,
+        client: RegistryClient,
+        blobs: Blobs,
+        target: Reference,
+        login: Login,
+        insecure: bool,
+        running: _Running,
+    ) -> None:
         self._client = client
         self._blobs = blobs
         self._target = target
         self._login = login
         self._insecure = insecure
+        self._running = running
 
     async def blob(self, part: Descriptor) -> None:
         base = f"/v2/{self._target.repository}/blobs"
@@ -271,9 +339,11 @@ class _Upload:
         fd = await trio.to_thread.run_sync(self._blobs.open, part.digest, part.size)
         if fd is None:
             raise RegistryError(f"blob {part.digest} has left the cache; it is fetched again with the next attempt")
+        self._running.sent = 0
         async with aclosing(read_pieces(fd, 0, part.size)) as pieces:
             async for piece in pieces:
                 yield piece
+                self._running.sent = min(self._running.sent + len(piece), part.size)
 
 
 def _check(status: int, target: Reference, good: tuple[int, ...], what: str) -> None:

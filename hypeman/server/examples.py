@@ -424,6 +424,7 @@ ANSWERS: Mapping[Any, Any] = {
         created_at=_TIME,
         layers=8,
         bytes=20_000_000,
+        bytes_done=5_000_000,
     ),
     Builder: Builder(id="fast", disk_size_gb=20, status=BuilderStatus.READY, created_at=_TIME),
     Build: Build(

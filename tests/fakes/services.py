@@ -1024,6 +1024,12 @@ class FakePushes:
             raise NotFound(f"there is no push {push_id}")
         return self.pushes[push_id]
 
+    async def cancel(self, push_id: str) -> None:
+        push = await self.get(push_id)
+        if push.error:
+            raise Conflict(f"push {push_id} is over")
+        self.pushes[push_id] = msgspec.structs.replace(push, status=PushStatus.FAILED, error="cancelled")
+
 
 class FakeBuilds:
     """Builds that stay queued, or are ready with ``outcome`` at once; ``fields`` has what was sent last."""

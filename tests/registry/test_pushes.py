@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+from msgspec import UNSET
 
 from hypeman.errors import Conflict, InvalidRequest, NotFound
 from hypeman.images.types import ImageStatus, PushCredentials
+from hypeman.registry.names import Code, RegistryFailure
 from hypeman.registry.push_types import CreatePushRequest, Push, PushStatus
 from hypeman.registry.pushes import PUSHES, Pushes, PushRow
 from tests.images.conftest import need_root
@@ -96,6 +99,94 @@ async def test_refusals(served: Served, tmp_path: Path) -> None:
         nobody = CreatePushRequest(image="local/app:v1", target="localhost:1/a:v1", insecure=True)
         failed = await ended(pushes, await pushes.create(nobody))
         assert (failed.status, "localhost:1" in (failed.error or "")) == (PushStatus.FAILED, True)
+
+
+async def to_ourselves(served: Served, pushes: Pushes, tag: str) -> Push:
+    """A push to this server's own registry."""
+    request = CreatePushRequest(
+        image="local/app:v1",
+        target=f"{served.host}/mirror/app:{tag}",
+        insecure=True,
+        credentials=PushCredentials(username="any", password=served.token),
+    )
+    return await pushes.create(request)
+
+
+async def test_progress_and_cancellation(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the queue, while a layer is sent, and not once the image appears."""
+    await imported(served, tmp_path)
+    held, received = trio.Event(), served.registry.receive
+
+    async def hold(*arguments: Any) -> int:
+        size = await received(*arguments)
+        await held.wait()
+        return size
+
+    monkeypatch.setattr(served.registry, "receive", hold)
+    async with working(served) as pushes:
+        first, second, waiting, last = [await to_ourselves(served, pushes, f"v{number}") for number in range(4)]
+        layer = IMAGE.layer_descriptors[0]["size"]
+        with trio.fail_after(30):
+            while (running := await pushes.get(first.id)).bytes_done != layer:
+                await trio.sleep(0.01)
+        assert running.bytes == sum(layer["size"] for layer in IMAGE.layer_descriptors)
+        assert (await pushes.get(last.id)).queue_position == 2
+        await pushes.cancel(waiting.id)
+        await pushes.cancel(first.id)
+        for cancelled in (waiting, first):
+            done = await ended(pushes, cancelled)
+            assert (done.status, done.error, done.bytes_done) == (PushStatus.FAILED, "cancelled", UNSET)
+            with pytest.raises(Conflict, match="is over"):
+                await pushes.cancel(cancelled.id)
+        with pytest.raises(NotFound):
+            await pushes.cancel("none")
+        held.set()
+        for continued in (second, last):
+            assert (await ended(pushes, continued)).status is PushStatus.PUSHED
+        assert pushes._logins == {} and pushes._running == {}
+        assert await served.registry.tags("mirror/app", last="", limit=None) == (["v1", "v3"], False)
+
+
+async def test_an_image_that_appears_is_not_cancelled(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await imported(served, tmp_path)
+    begun, held, put = trio.Event(), trio.Event(), served.registry.put_manifest
+
+    async def hold(*arguments: Any) -> tuple[str, str]:
+        begun.set()
+        await held.wait()
+        return await put(*arguments)
+
+    monkeypatch.setattr(served.registry, "put_manifest", hold)
+    async with working(served) as pushes:
+        made = await to_ourselves(served, pushes, "v1")
+        with trio.fail_after(30):
+            await begun.wait()
+        with pytest.raises(Conflict, match="appearing"):
+            await pushes.cancel(made.id)
+        held.set()
+        assert (await ended(pushes, made)).status is PushStatus.PUSHED
+
+
+@pytest.mark.parametrize("code", [Code.UNAVAILABLE, Code.TOOMANYREQUESTS])
+async def test_what_passes_is_tried_again(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Code
+) -> None:
+    await imported(served, tmp_path)
+    failures, received = [2, 1, 1, 0], served.registry.receive
+
+    async def fail(*arguments: Any) -> int:
+        if failures[0]:
+            failures[0] -= 1
+            raise RegistryFailure(code, "not now", headers={"Retry-After": "0"})
+        failures.pop(0)
+        return await received(*arguments)
+
+    monkeypatch.setattr(served.registry, "receive", fail)
+    async with working(served) as pushes:
+        done = await ended(pushes, await to_ourselves(served, pushes, "v1"))
+        assert (done.status, done.error, failures) == (PushStatus.PUSHED, None, [0])
 
 
 async def test_an_interrupted_push_is_begun_again_unless_its_login_is_gone(

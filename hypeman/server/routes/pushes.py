@@ -36,3 +36,12 @@ async def create_push(services: Services, body: CreatePushRequest) -> Push:
 async def get_push(services: Services, id: str) -> Push:
     """One push."""
     return await services.pushes.get(id)
+
+
+@routes.delete("/pushes/{id}", Scope.IMAGE_WRITE, fails=(404, 409))
+async def cancel_push(services: Services, id: str) -> None:
+    """Cancel a push that is not over.
+
+    Its status becomes failed, its error cancelled. What was sent stays at the other registry, without a name.
+    """
+    await services.pushes.cancel(id)
