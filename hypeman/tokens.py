@@ -7,6 +7,7 @@ Rules:
 - A token made for a builder VM is never an API token, regardless of its signing key.
 - Without a ``permissions`` claim a token has full access (for compatibility with old tokens), with one
   only the scopes it names; ``*`` names all.
+- With a ``repo_access`` claim a token is for the registry alone, and there for the repositories that it names.
 - No token, claim or secret is ever part of a message.
 """
 
@@ -61,6 +62,23 @@ EVERYTHING = "*"
 _NAMES = frozenset(Scope) | {EVERYTHING}
 
 
+class Access(enum.StrEnum):
+    """What may be done in a repository of the registry."""
+
+    PULL = "pull"
+    PUSH = "push"
+    DELETE = "delete"
+
+
+_ACCESS_SCOPES = {
+    Access.PULL: Scope.IMAGE_READ,
+    Access.PUSH: Scope.IMAGE_WRITE,
+    Access.DELETE: Scope.IMAGE_DELETE,
+}
+Grants = frozenset[tuple[str, Access]]
+"""Repositories, and what may be done in each of them."""
+
+
 class Caller(Struct, frozen=True):
     """The authenticated caller. ``permissions`` is None for full access."""
 
@@ -68,6 +86,8 @@ class Caller(Struct, frozen=True):
     permissions: frozenset[str] | None = None
     expires_at: float | None = None
     """Seconds since 1970; None: never."""
+    grants: Grants | None = None
+    """Of a token for the registry alone; None: the permissions decide, for every repository."""
 
 
 LOCAL = Caller("local")
@@ -77,8 +97,16 @@ NOBODY = Caller("", frozenset())
 """The caller of an operation without authentication."""
 
 
-def mint(secret: str, *, subject: str, scopes: Iterable[str] | None = None, lifetime: int = TOKEN_LIFETIME) -> str:
-    """A token for ``subject``, valid for ``lifetime`` seconds; ``scopes`` None allows everything.
+def mint(
+    secret: str,
+    *,
+    subject: str,
+    scopes: Iterable[str] | None = None,
+    lifetime: int = TOKEN_LIFETIME,
+    grants: Grants | None = None,
+) -> str:
+    """A token for ``subject``, valid for ``lifetime`` seconds; ``scopes`` None allows everything. With ``grants``, one
+    for the registry alone.
 
     Raises InvalidRequest for an empty secret or an unknown scope.
     """
@@ -88,7 +116,19 @@ def mint(secret: str, *, subject: str, scopes: Iterable[str] | None = None, life
     claims: dict[str, Any] = {"sub": subject, "iat": now, "exp": now + lifetime}
     if scopes is not None:
         claims["permissions"] = check_names(scopes)
+    if grants is not None:
+        claims["repo_access"] = [{"repo": repository, "scope": access.value} for repository, access in sorted(grants)]
     return jwt.encode(claims, secret, algorithm="HS256")
+
+
+def parse_grants(text: str) -> Grants:
+    """Those in ``REPOSITORY[:ACTION,…]`` as in Docker's token protocol, where ``*`` is every action; by default
+    ``pull,push``. Unknown actions grant nothing."""
+    repository, colon, actions = text.rpartition(":")
+    if not colon or "/" in actions:  # the colon of a host's port
+        repository, actions = text, "pull,push"
+    named = set(actions.split(","))
+    return frozenset((repository, access) for access in Access if access in named or "*" in named)
 
 
 def check_names(scopes: Iterable[str]) -> list[str]:
@@ -123,11 +163,29 @@ def verify(authorization: str | None, secret: str) -> Caller:
         raise Unauthorized("the token's sub must be a string")
     if any(claim in claims for claim in _BUILDER_CLAIMS) or subject.startswith(_BUILDER_SUBJECT):
         raise Unauthorized("this token was made for a builder and does not open the API")
+    if "repo_access" in claims:
+        return Caller(subject, frozenset(), expires_at, _grants_of(claims["repo_access"]))
     if permissions is None:
         return Caller(subject, None, expires_at)
     if not isinstance(permissions, list) or not all(isinstance(name, str) for name in permissions):
         raise Unauthorized("the token's permissions must be a list of scope names")
     return Caller(subject, None if EVERYTHING in permissions else frozenset(permissions), expires_at)
+
+
+def _grants_of(claim: Any) -> Grants:
+    """Those of the claim ``repo_access``; ``push`` includes ``pull``. Raises Unauthorized."""
+    found: set[tuple[str, Access]] = set()
+    try:
+        for entry in claim:
+            repository, access = entry["repo"], Access(entry["scope"])
+            if not isinstance(repository, str):
+                raise TypeError
+            found.add((repository, access))
+            if access is Access.PUSH:
+                found.add((repository, Access.PULL))
+    except (TypeError, KeyError, ValueError):
+        raise Unauthorized("the token's repo_access must be a list of objects with repo and scope") from None
+    return frozenset(found)
 
 
 class Verifier:
@@ -149,11 +207,20 @@ class Verifier:
         return known
 
 
+def may_access(caller: Caller, repository: str, access: Access) -> bool:
+    """Whether ``caller`` may do this in a repository of the registry."""
+    if caller.grants is not None:
+        return (repository, access) in caller.grants
+    return has_scope(caller, _ACCESS_SCOPES[access])
+
+
 def has_scope(caller: Caller, scope: Scope) -> bool:
     return caller.permissions is None or scope in caller.permissions
 
 
 def check_scope(caller: Caller, *scopes: Scope) -> None:
     """Raise Forbidden unless ``caller`` has one of ``scopes``."""
+    if caller.grants is not None:
+        raise Forbidden("the token is for the registry alone (/v2/)")
     if not any(has_scope(caller, scope) for scope in scopes):
         raise Forbidden(f"the token lacks the scope {' or '.join(scopes)}")

@@ -9,7 +9,7 @@ import jwt
 import pytest
 
 from hypeman.errors import Forbidden, InvalidRequest, Unauthorized
-from hypeman.tokens import Caller, Scope, Verifier, check_scope, mint, verify
+from hypeman.tokens import Access, Caller, Scope, Verifier, check_scope, may_access, mint, parse_grants, verify
 
 SECRET = "a secret that is long enough for HS256"
 
@@ -23,6 +23,24 @@ def test_a_minted_token_opens() -> None:
     assert (caller.subject, caller.permissions) == ("ann", None)
     narrow = verify(f"bearer {mint(SECRET, subject='ann', scopes=['device:read'])}", SECRET)
     assert narrow.permissions == frozenset(["device:read"])
+
+
+def test_a_token_for_repositories_does_not_open_the_api() -> None:
+    """Also one that names permissions."""
+    grants = parse_grants("team/app") | parse_grants("quay.io:5000/a:delete,unknown")
+    narrow = verify(f"Bearer {mint(SECRET, subject='ci', scopes=['image:read'], grants=grants)}", SECRET)
+    may = {
+        (name, access)
+        for name in ("team/app", "quay.io:5000/a")
+        for access in Access
+        if may_access(narrow, name, access)
+    }
+    assert may == {("team/app", Access.PULL), ("team/app", Access.PUSH), ("quay.io:5000/a", Access.DELETE)}
+    for scope in Scope:
+        with pytest.raises(Forbidden, match="registry alone"):
+            check_scope(narrow, scope)
+    pushes = verify(signed(repo_access=[{"repo": "a", "scope": "push"}]), SECRET)
+    assert may_access(pushes, "a", Access.PULL) and not may_access(pushes, "a", Access.DELETE)
 
 
 def test_a_token_lives_a_day() -> None:
@@ -56,6 +74,10 @@ def test_every_hmac_is_accepted(algorithm: str) -> None:
         (signed(sub="builder-1"), "builder"),
         (signed(permissions="*"), "list"),
         (signed(permissions=[1]), "list"),
+        (signed(repo_access="a"), "repo_access"),
+        (signed(repo_access=[{"repo": 1, "scope": "pull"}]), "repo_access"),
+        (signed(repo_access=[{"repo": "a", "scope": "own"}]), "repo_access"),
+        (signed(repo_access=7), "repo_access"),
     ],
 )
 def test_refused(header: str | None, word: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -14,6 +14,9 @@ from hypeman.cli.output import render_table, size, use_colour
 from hypeman.cli.session import Session, fail, present, reports
 from hypeman.errors import InvalidRequest
 from hypeman.units import parse_size
+
+if TYPE_CHECKING:
+    from hypeman.tokens import Grants
 
 config_option = click.option(
     "--config",
@@ -129,10 +132,25 @@ def render_resources(found: dict[str, Any]) -> str:
 @click.command()
 @click.option("--user-id", "-user-id", default="test-user", show_default=True)
 @click.option("--scopes", "-scopes", help="Comma-separated; default: everything.")
+@click.option(
+    "--repository",
+    "-registry-push",
+    "repositories",
+    multiple=True,
+    metavar="NAME[:ACTIONS]",
+    help="For the registry alone, and there for this repository: pull, push, delete; default: pull,push. Repeatable.",
+)
 @click.option("--lifetime", type=click.IntRange(1), default=24, show_default=True, help="Hours.")
 @click.option("--list-scopes", "-list-scopes", is_flag=True, help="Show all scopes.")
 @config_option
-def token(user_id: str, scopes: str | None, lifetime: int, list_scopes: bool, config_file: Path | None) -> None:
+def token(
+    user_id: str,
+    scopes: str | None,
+    repositories: tuple[str, ...],
+    lifetime: int,
+    list_scopes: bool,
+    config_file: Path | None,
+) -> None:
     """Issue an API token with the server's secret (JWT_SECRET, or jwt_secret in its settings)."""
     from hypeman import tokens
     from hypeman.config import load_config
@@ -142,12 +160,31 @@ def token(user_id: str, scopes: str | None, lifetime: int, list_scopes: bool, co
         for scope in tokens.Scope:
             click.echo(str(scope))
         return
+    if scopes is not None and repositories:
+        raise click.UsageError("--scopes is for the API, --repository for the registry: give one of them")
     try:
         secret = load_config(config_file).jwt_secret
+        grants = frozenset(grant for text in repositories for grant in _grants(text)) if repositories else None
         names = None if scopes is None else [name.strip() for name in scopes.split(",") if name.strip()]
-        click.echo(tokens.mint(secret, subject=user_id, scopes=names, lifetime=lifetime * 3600))
+        click.echo(tokens.mint(secret, subject=user_id, scopes=names, lifetime=lifetime * 3600, grants=grants))
     except HypemanError as error:
         fail(error.message)
+
+
+def _grants(text: str) -> Grants:
+    """Raises click.BadParameter."""
+    from hypeman.registry.names import RegistryFailure, check_repository
+    from hypeman.tokens import parse_grants
+
+    grants = parse_grants(text)
+    try:
+        for repository, _ in grants:
+            check_repository(repository)
+    except RegistryFailure as failure:
+        raise click.BadParameter(failure.message, param_hint="--repository") from None
+    if not grants:
+        raise click.BadParameter(f"{text!r}: actions are pull, push and delete", param_hint="--repository")
+    return grants
 
 
 @click.command()

@@ -220,7 +220,8 @@ class Pushes:
             del self._running[push_id]
             self._logins.pop(push_id, None)
             self._client.forget(login)
-        await self._end(push_id, error=error)
+        with trio.CancelScope(shield=True):
+            await self._end(push_id, error=error)
 
     async def _push(self, row: PushRow, login: Login, running: _Running) -> None:
         name = row.push.image
@@ -275,13 +276,12 @@ class Pushes:
 
     async def _end(self, push_id: str, *, error: str) -> bool:
         """Record how it ended; False if that was recorded before."""
-        now = self._now()
-        with trio.CancelScope(shield=True):
-            if not error:
-                return await self._change(push_id, status=PushStatus.PUSHED, completed_at=now)
+        fields: dict[str, object] = {"status": PushStatus.PUSHED}
+        if error:
+            fields = {"status": PushStatus.FAILED, "error": error[:2000]}
             if error != _CANCELLED:
                 log.warning("push %s failed: %s", push_id, error)
-            return await self._change(push_id, status=PushStatus.FAILED, error=error[:2000], completed_at=now)
+        return await self._change(push_id, completed_at=self._now(), **fields)
 
 
 class _Upload:

@@ -157,8 +157,8 @@ class ApiApp(QuartTrio):
         )
 
     def add_registry(self) -> None:
-        def admit(asked: Any, scope: Scope, authorization: str | None) -> Caller:
-            return self._admit(asked, scope, authorization=authorization)
+        def admit(asked: Any, authorization: str | None) -> Caller:
+            return self._authenticate(asked, authorization)
 
         routes = RegistryRoutes(self.services.registry, admit, self.settings.jwt_secret)
         for path, view, methods in (
@@ -217,12 +217,18 @@ class ApiApp(QuartTrio):
         """Handle an exception that neither a route nor an HTTP exception handler caught: a bug."""
         return _response(failed(failure_from(error)))
 
-    def _admit(self, asked: Any, *scopes: Scope, authorization: str | None = None, cookie: bool = False) -> Caller:
-        """The caller, if it has one of ``scopes``: from here on it is the actor of what the request changes.
-        ``authorization``: instead of the header. ``cookie``: a session of the web UI will do as well.
+    def _admit(self, asked: Any, *scopes: Scope, cookie: bool = False) -> Caller:
+        """The caller, if it has one of ``scopes``. ``cookie``: a session of the web UI will do as well.
 
         Raises Unauthorized, Forbidden, WrongOrigin.
         """
+        caller = self._authenticate(asked, cookie=cookie)
+        check_scope(caller, *scopes)
+        return caller
+
+    def _authenticate(self, asked: Any, authorization: str | None = None, *, cookie: bool = False) -> Caller:
+        """The caller: from here on it is the actor of what the request changes. ``authorization``: instead of the
+        header. Raises Unauthorized, WrongOrigin."""
         here = _connection(asked)
         safe = asked.scope["type"] == "http" and asked.method in SAFE_METHODS  # a WebSocket's GET is not
         given = authorization or asked.headers.get("Authorization")
@@ -236,7 +242,6 @@ class ApiApp(QuartTrio):
             caller = self._verifier.caller(given)
         actor = asked.scope["hypeman.actor"] = actor_of(caller, here, _request_id(asked))
         set_actor(actor)
-        check_scope(caller, *scopes)
         return caller
 
 

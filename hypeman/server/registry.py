@@ -3,8 +3,9 @@
 Its errors, headers and login differ from those of the other operations, so its routes are not declared as Operations
 and are not in /spec.json. A request's log line and metrics are the same.
 
-Login: the API's own tokens, as Bearer, or as the password (or user name) of Basic. ``/v2/token`` returns the token that
-it was given, since clients insist on exchanging a password for one.
+Login: the API's own tokens, as Bearer, or as the password (or user name) of Basic. ``/v2/token`` exchanges one for a
+token of a few minutes that is good for the registry alone, and there for those of the repositories and actions that the
+client names and its login permits (Docker's token authentication).
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
 import msgspec
 from quart import Response, request
 
-from hypeman.errors import Forbidden, HypemanError, Unauthorized
+from hypeman.errors import HypemanError, Unauthorized
 from hypeman.host.files import read_pieces
 from hypeman.images.manifest import INDEX_TYPES, MAX_MANIFEST_BYTES
 from hypeman.registry.names import (
@@ -34,19 +37,21 @@ from hypeman.registry.names import (
 )
 from hypeman.registry.service import Opened
 from hypeman.server.services import RegistryService
-from hypeman.tokens import Caller, Scope, mint
+from hypeman.tokens import Access, Caller, Grants, may_access, mint, parse_grants
 
 _GUEST_SECONDS = 60
+_TOKEN_SECONDS = 300
+_MAX_SCOPES = 100
 _VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
 _INERT = {"Content-Security-Policy": "default-src 'none'; sandbox", "X-Content-Type-Options": "nosniff"}
 """A manifest has the media type that its uploader chose: in a browser it must not run as a page of this origin."""
-_SCOPES = {
-    "GET": Scope.IMAGE_READ,
-    "HEAD": Scope.IMAGE_READ,
-    "POST": Scope.IMAGE_WRITE,
-    "PATCH": Scope.IMAGE_WRITE,
-    "PUT": Scope.IMAGE_WRITE,
-    "DELETE": Scope.IMAGE_DELETE,
+_ACCESS = {
+    "GET": Access.PULL,
+    "HEAD": Access.PULL,
+    "POST": Access.PUSH,
+    "PATCH": Access.PUSH,
+    "PUT": Access.PUSH,
+    "DELETE": Access.DELETE,
 }
 _METHODS = {
     "uploads": ("POST",),
@@ -56,87 +61,98 @@ _METHODS = {
     "tags": ("GET",),
     "referrers": ("GET",),
 }
+_GUEST = Caller("guest", frozenset())
 
 
 class RegistryRoutes:
-    """Views for Quart. ``admit`` authenticates a request and checks its scope."""
+    """Views for Quart. ``admit`` authenticates a request, with the given header in place of its own."""
 
-    def __init__(
-        self, registry: RegistryService, admit: Callable[[Any, Scope, str | None], Caller], jwt_secret: str
-    ) -> None:
+    def __init__(self, registry: RegistryService, admit: Callable[[Any, str | None], Caller], jwt_secret: str) -> None:
         self._registry = registry
         self._admit = admit
         self._secret = jwt_secret
 
     async def probe(self) -> Response:
         """``GET /v2/``: says that this is a registry, and whether the login is valid."""
-        return await self._answered(Scope.IMAGE_READ, self._probe())
+        return await self._answered(self._probe)
 
-    async def _probe(self) -> Response:
+    async def _probe(self, caller: Caller) -> Response:
         return Response(b"{}", 200, _VERSION, content_type="application/json")
 
     async def any(self, rest: str) -> Response:
-        scope = _SCOPES[request.method]
-        return await self._answered(scope, self._dispatch(rest))
+        return await self._answered(partial(self._dispatch, rest))
 
-    async def _answered(self, scope: Scope, answer: Awaitable[Response]) -> Response:
+    async def _answered(self, answer: Callable[[Caller], Awaitable[Response]]) -> Response:
         try:
             try:
-                self._admit(request, scope, bearer(request.headers.get("Authorization")))
+                caller = self._admit(request, bearer(request.headers.get("Authorization")))
             except Unauthorized as error:
                 raise RegistryFailure(Code.UNAUTHORIZED, error.message, headers=self._challenge()) from None
-            except Forbidden as error:
-                raise RegistryFailure(Code.DENIED, error.message) from None
-            response = await answer
+            response = await answer(caller)
         except RegistryFailure as failure:
             response = _refusal(failure)
         except HypemanError as error:
             response = _refusal(RegistryFailure(Code.UNKNOWN, error.message), error.status)
         except OSError as error:
             response = _refusal(RegistryFailure(Code.UNKNOWN, f"the blob cannot be stored: {error.strerror}"))
-        finally:
-            if hasattr(answer, "close"):
-                answer.close()  # not awaited if the caller was not admitted
         response.headers.update(_VERSION | _INERT)
         return response
 
-    def _challenge(self) -> dict[str, str]:
+    def _challenge(self, missing: str = "") -> dict[str, str]:
+        """``missing``: the scope that a valid token lacks."""
         realm = f"{request.scheme}://{request.host}/v2/token"
-        return {"WWW-Authenticate": f'Bearer realm="{realm}",service="hypeman"'}
+        more = f',scope="{missing}",error="insufficient_scope"' if missing else ""
+        return {"WWW-Authenticate": f'Bearer realm="{realm}",service="hypeman"{more}'}
 
     async def token(self) -> Response:
-        """``GET /v2/token``: Docker's token flow, which ends with the token that it began with."""
+        """``GET /v2/token``: Docker's token flow. What the login does not permit is left out; without a login,
+        everything is."""
         given = bearer(request.headers.get("Authorization"))
-        lifetime = 300
+        scopes = [scope for text in request.args.getlist("scope") for scope in text.split()]
+        lifetime = _TOKEN_SECONDS
         try:
             if given is not None:
-                self._admit(request, Scope.IMAGE_READ, given)
-            elif request.args.get("scope"):
-                given = f"Bearer {mint(self._secret, subject='guest', scopes=[], lifetime=_GUEST_SECONDS)}"
-                lifetime = _GUEST_SECONDS
+                caller = self._admit(request, given)
+                if caller.expires_at is not None:
+                    lifetime = max(1, min(lifetime, int(caller.expires_at - time.time())))
+            elif scopes:
+                caller, lifetime = _GUEST, _GUEST_SECONDS
             else:
                 raise Unauthorized("log in with a token of the API as password")
-        except Forbidden:
-            pass  # it is a token; what it may do is checked where it is used
+            text = mint(self._secret, subject=caller.subject, grants=_granted(caller, scopes), lifetime=lifetime)
         except HypemanError as error:
             failure = RegistryFailure(
                 Code.UNAUTHORIZED, error.message, headers={"WWW-Authenticate": 'Basic realm="hypeman"'}
             )
             return _refusal(failure)
-        assert given is not None
-        text = given.removeprefix("Bearer ")
         issued = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         body = {"token": text, "access_token": text, "expires_in": lifetime, "issued_at": issued}
         return Response(msgspec.json.encode(body), 200, content_type="application/json")
 
-    async def _dispatch(self, rest: str) -> Response:
+    async def _dispatch(self, rest: str, caller: Caller) -> Response:
         target = parse_path(rest)
         allowed = _METHODS[target.kind]
         if request.method not in allowed:
             headers = {"Allow": ", ".join(allowed)}
             raise RegistryFailure(Code.UNSUPPORTED, f"this path takes {headers['Allow']}", headers=headers)
+        own_upload = target.kind == "upload"
+        self._check(caller, target.repository, Access.PUSH if own_upload else _ACCESS[request.method])
+        if target.kind == "uploads":
+            return await self._post_uploads(target, caller)
         handler: Callable[[Target], Awaitable[Response]] = getattr(self, f"_{request.method.lower()}_{target.kind}")
         return await handler(target)
+
+    def _check(self, caller: Caller, repository: str, access: Access) -> None:
+        """Raises RegistryFailure: UNAUTHORIZED for a token of the token service, so that the client asks it for
+        another one; DENIED otherwise."""
+        if may_access(caller, repository, access):
+            return
+        message = f"the token does not permit {access} in {repository}"
+        if caller.grants is None:
+            raise RegistryFailure(Code.DENIED, message)
+        actions = "pull,push" if access is Access.PUSH else access.value
+        headers = self._challenge(f"repository:{repository}:{actions}")
+        raise RegistryFailure(Code.UNAUTHORIZED, message, headers=headers)
 
     # Blobs
 
@@ -149,10 +165,14 @@ class RegistryRoutes:
         await self._registry.delete_blob(target.repository, target.reference)
         return Response(b"", 202)
 
-    async def _post_uploads(self, target: Target) -> Response:
+    async def _post_uploads(self, target: Target, caller: Caller) -> Response:
         repository, query = target.repository, _query()
-        mount = query.get("mount", "")
-        if mount and await self._registry.mount(repository, mount, query.get("from", "")):
+        mount, source = query.get("mount", ""), query.get("from", "")
+        if (
+            mount
+            and (may_access(caller, source, Access.PULL) if source else caller.grants is None)
+            and await self._registry.mount(repository, mount, source)
+        ):
             return _created(f"/v2/{repository}/blobs/{mount}", mount)
         if digest := query.get("digest"):
             await self._registry.put_blob(repository, digest, request.body)
@@ -237,6 +257,12 @@ class RegistryRoutes:
         if wanted:
             response.headers["OCI-Filters-Applied"] = "artifactType"
         return response
+
+
+def _granted(caller: Caller, scopes: Sequence[str]) -> Grants:
+    """What of the requested ``scopes`` (``repository:NAME:ACTION,…``) the caller's login permits. Pure."""
+    wanted = [scope.removeprefix("repository:") for scope in scopes[:_MAX_SCOPES] if scope.startswith("repository:")]
+    return frozenset(grant for scope in wanted for grant in parse_grants(scope) if may_access(caller, *grant))
 
 
 def bearer(authorization: str | None) -> str | None:

@@ -537,6 +537,14 @@ def test_token(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (claims["sub"], claims["permissions"]) == ("ann", ["device:read", "image:read"])
     assert "permissions" not in jwt.decode(run().stdout.strip(), SECRET, ["HS256"])
     assert "unknown scope" in run("--scopes", "fly").stderr
+    narrow = run("--repository", "team/app:pull", "--repository", "team/lib").stdout.strip()
+    assert jwt.decode(narrow, SECRET, ["HS256"])["repo_access"] == [
+        {"repo": "team/app", "scope": "pull"},
+        {"repo": "team/lib", "scope": "pull"},
+        {"repo": "team/lib", "scope": "push"},
+    ]
+    for wrong in (["--repository", "A"], ["--repository", "a:write"], ["--repository", "a", "--scopes", "image:read"]):
+        assert run(*wrong).exit_code == 2, wrong
     listed = run("--list-scopes").stdout.split()
     assert {scope for operation in OPERATIONS for scope in operation.scopes} <= set(listed)
 

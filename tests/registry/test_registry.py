@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jwt
 import msgspec
 import pytest
 import trio
@@ -28,7 +29,7 @@ from hypeman.paths import Paths
 from hypeman.registry import records, service
 from hypeman.registry.names import Code, RegistryFailure, is_digest, parse_byte_range, parse_content_range, parse_path
 from hypeman.registry.service import MAX_UPLOADS_EACH, Registry
-from hypeman.tokens import mint
+from hypeman.tokens import mint, parse_grants
 from tests.images.conftest import need_root, push
 from tests.images.layout import OCI_INDEX, OCI_MANIFEST, ImageFiles, directory, entry, in_pieces, tar
 from tests.registry.conftest import SECRET, Served
@@ -480,16 +481,81 @@ async def test_logging_in(served: Served) -> None:
         for login in (f"user:{served.token}", f"{served.token}:"):
             basic = {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
             given = await client.get("/v2/token?scope=repository:a:pull,push&service=hypeman", headers=basic)
-            assert given.json()["token"] == served.token
-            assert (await client.get("/v2/", headers=basic)).status_code == 200
+            assert given.json()["expires_in"] == 300
+            exchanged = {"Authorization": f"Bearer {given.json()['token']}"}
+            for headers in (basic, exchanged):
+                assert (await client.get("/v2/", headers=headers)).status_code == 200
+                assert (await client.get("/v2/a/tags/list", headers=headers)).status_code == 404
+        wrong = {"Authorization": "Basic " + base64.b64encode(b"user:wrong").decode()}
+        assert (await client.get("/v2/token?scope=repository:a:pull", headers=wrong)).status_code == 401
         guest = (await client.get("/v2/token?scope=repository:a:pull")).json()
         assert guest["expires_in"] == 60
-        denied = await client.get("/v2/", headers={"Authorization": f"Bearer {guest['token']}"})
-        assert (denied.status_code, denied.json()["errors"][0]["code"]) == (403, "DENIED")
+        denied = await client.get("/v2/a/tags/list", headers={"Authorization": f"Bearer {guest['token']}"})
+        assert (denied.status_code, denied.json()["errors"][0]["code"]) == (401, "UNAUTHORIZED")
     reader = mint(SECRET, subject="reader", scopes=["image:read"])
     async with served.client(reader) as client:
         assert (await client.get("/v2/")).status_code == 200
         assert (await client.post("/v2/a/blobs/uploads/")).status_code == 403
+
+
+async def exchanged(served: Served, login: str, *scopes: str) -> str:
+    """What the token service gives for a login and scopes."""
+    async with served.client(login) as client:
+        answer = await client.get("/v2/token", params={"scope": list(scopes), "service": "hypeman"})
+        assert answer.status_code == 200, answer.text
+        token = answer.json()["token"]
+        assert isinstance(token, str)
+        return token
+
+
+async def test_a_token_of_the_token_service_is_for_what_was_asked(served: Served) -> None:
+    """For these repositories and actions, and not for the API."""
+    async with served.client() as client:
+        await upload(client, "team/app", b"one")
+        await upload(client, "other/app", b"two")
+    one, two = digest(b"one"), digest(b"two")
+    narrow = await exchanged(served, served.token, "repository:team/app:pull,push repository:team/lib:pull")
+    async with served.client(narrow) as client:
+        assert (await client.get("/v2/")).status_code == 200
+        assert (await client.get(f"/v2/team/app/blobs/{one}")).content == b"one"
+        at = (await client.post("/v2/team/app/blobs/uploads/")).headers["location"]
+        assert (await client.delete(at)).status_code == 204, "an upload is cancelled by who may push"
+        for method, path, scope in (
+            ("GET", f"/v2/other/app/blobs/{two}", "repository:other/app:pull"),
+            ("POST", "/v2/team/lib/blobs/uploads/", "repository:team/lib:pull,push"),
+            ("DELETE", f"/v2/team/app/blobs/{one}", "repository:team/app:delete"),
+        ):
+            refused = await client.request(method, path)
+            assert refused.status_code == 401, path
+            assert f'scope="{scope}",error="insufficient_scope"' in refused.headers["www-authenticate"]
+        for source in ("&from=other/app", ""):
+            answer = await client.post(f"/v2/team/app/blobs/uploads/?mount={two}{source}")
+            assert answer.status_code == 202, "a blob of a repository that the token does not open is uploaded"
+        assert (await client.get(f"/v2/team/app/blobs/{two}")).status_code == 404
+        for path in ("/images", "/instances", "/pushes"):
+            assert (await client.get(path)).status_code == 403, path
+
+
+async def test_a_login_may_be_for_one_repository(served: Served) -> None:
+    """It is narrowed, not widened, by the token service."""
+    grants = parse_grants("team/app:pull") | parse_grants("localhost:5000/x")
+    login = mint(SECRET, subject="ci", grants=grants, lifetime=100)
+    async with served.client() as client:
+        await upload(client, "team/app", b"one")
+    wide = await exchanged(served, login, "repository:team/app:*", "repository:other:pull,push", "registry:catalog:*")
+    for token in (login, wide):
+        async with served.client(token) as client:
+            assert (await client.get(f"/v2/team/app/blobs/{digest(b'one')}")).status_code == 200
+            assert (await client.post("/v2/team/app/blobs/uploads/")).status_code == 401
+            assert (await client.post("/v2/other/blobs/uploads/")).status_code == 401
+    claims = jwt.decode(wide, options={"verify_signature": False})
+    assert claims["repo_access"] == [{"repo": "team/app", "scope": "pull"}] and claims["exp"] - claims["iat"] <= 100
+    async with served.client(login) as client:
+        assert (await client.post("/v2/localhost:5000/x/blobs/uploads/")).status_code == 202
+    reader = mint(SECRET, subject="reader", scopes=["image:read"])
+    async with served.client(await exchanged(served, reader, "repository:team/app:pull,push")) as client:
+        assert (await client.get(f"/v2/team/app/blobs/{digest(b'one')}")).status_code == 200
+        assert (await client.post("/v2/team/app/blobs/uploads/")).status_code == 401
 
 
 async def test_unknown_paths_and_methods(served: Served) -> None:
