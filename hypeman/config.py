@@ -91,7 +91,7 @@ class LimitsConfig(_Section, frozen=True):
     max_total_volume_storage: Size = 0
     """Maximum total size of all volumes; 0: no limit."""
     max_log_size: PositiveSize = 50 << 20
-    """An instance's log file is rotated above this size; one old file is kept."""
+    """An instance's log file is rotated above this size; one old file is kept, emptied above four times this size."""
 
 
 class OversubscriptionConfig(_Section, frozen=True):

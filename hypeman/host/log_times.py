@@ -19,7 +19,7 @@ import bisect
 import os
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -109,9 +109,10 @@ class LogTimes:
     def __init__(self) -> None:
         self._sizes: dict[Path, int] = {}
 
-    def note(self, logs: Iterable[Path]) -> None:
-        """Look at each of ``logs``, and forget all others."""
+    def note(self, logs: Iterable[Path]) -> Mapping[Path, int]:
+        """Look at each of ``logs``, and forget all others. Returns the sizes in bytes of those that exist."""
         self._sizes = {log: size for log in logs if (size := self._note(log)) is not None}
+        return self._sizes
 
     def _note(self, log: Path) -> int | None:
         try:

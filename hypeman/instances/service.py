@@ -685,21 +685,19 @@ class Instances:
 
     async def _keep_logs(self) -> None:
         """Note when guests print, and keep logs bounded, so that one that prints indefinitely cannot fill the disk."""
+        limit = self._config.limits.max_log_size
         rotate_at = trio.current_time() + ROTATION_INTERVAL
         while True:
             await trio.sleep(LOG_INTERVAL)
-            await self.machine.logs.note_times()
+            large = await self.machine.logs.note_times(limit)
             if trio.current_time() >= rotate_at:
-                await self._rotate_logs()
+                large = [record.id for record in self.board.records()]
                 rotate_at = trio.current_time() + ROTATION_INTERVAL
-
-    async def _rotate_logs(self) -> None:
-        limit = self._config.limits.max_log_size
-        for record in list(self.board.records()):
-            try:
-                await self.machine.logs.rotate(record.id, limit)
-            except (HypemanError, OSError) as error:
-                log.warning("logs of instance %s cannot be rotated: %s", record.id, error)
+            for instance_id in large:
+                try:
+                    await self.machine.logs.rotate(instance_id, limit)
+                except (HypemanError, OSError) as error:
+                    log.warning("logs of instance %s cannot be rotated: %s", instance_id, error)
 
 
 class _Found(NamedTuple):

@@ -140,11 +140,11 @@ async def test_a_log_that_was_renamed_by_a_server_that_was_killed_is_reopened(la
         app.write_text("much")
         app.rename(old)
         for text in ("", "", "more"):
-            await instances.machine.logs.rotate(record.id, 1)
+            await instances.machine.logs.rotate(record.id, 3)
             assert not app.exists()
             with old.open("a") as guest:
                 guest.write(text)
-        await instances.machine.logs.rotate(record.id, 1)
+        await instances.machine.logs.rotate(record.id, 3)
         assert app.exists(), "the VMM was told once the guest had printed"
         assert old.read_text() == "muchmore"
         await clean_up(lab, instances)

@@ -7,6 +7,7 @@ because a stop or delete overtook it.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -21,6 +22,7 @@ from hypeman.hypervisor.interface import VmmGone
 from hypeman.instances.life import lifecycle
 from hypeman.instances.life.lifecycle import overtakes
 from hypeman.instances.machine import live
+from hypeman.instances.machine.logs import MAX_OLD
 from hypeman.instances.model.admission import Command
 from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, SnapshotKind
 from hypeman.instances.model.types import (
@@ -328,4 +330,25 @@ async def test_a_silent_guest_is_shown(lab: Lab) -> None:
         assert (await instances.get("one")).guest_silent_since is msgspec.UNSET
         assert instances.silent_guests() == 0
         await instances.create(request("two"))
+        await clean_up(lab, instances)
+
+
+async def test_a_guest_that_prints_without_end_does_not_fill_the_disk(lab: Lab) -> None:
+    """After each look at the logs they have no more than the old log may have and the new one its limit."""
+    limit, rng = 1000, random.Random(7)
+    async with lab.running() as instances:
+        await running(lab, instances)
+        logs, instance = instances.machine.logs, instances.board.find("one").id
+        directory = lab.paths.instance(instance).log("app").parent
+        kept = 0
+        for _ in range(60):
+            with lab.paths.instance(instance).log("app").open("ab") as guest:
+                guest.write(b"x" * rng.choice([0, limit // 3, limit, 2 * limit, 50 * limit]))
+            for large in await logs.note_times(limit):
+                await logs.rotate(large, limit)
+            sizes = {file.name: file.stat().st_size for file in directory.glob("app.log*") if file.suffix != ".times"}
+            assert sizes["app.log"] <= limit and sizes.get("app.log.1", 0) <= MAX_OLD * limit
+            kept = max(kept, *sizes.values())
+        assert kept > limit, "an old log is kept unless it is far too large"
+        assert "which were discarded" in lab.paths.instance(instance).log("hypeman").read_text()
         await clean_up(lab, instances)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import trio
@@ -20,6 +21,9 @@ from hypeman.instances.machine.context import Context
 from hypeman.text import one_line
 
 log = logging.getLogger(__name__)
+
+MAX_OLD = 4
+"""How many times the limit of a log an old one may have."""
 
 
 class Logs:
@@ -54,14 +58,18 @@ class Logs:
         except OSError as error:
             log.warning("the log of instance %s cannot be marked: %s", instance_id, error)
 
-    async def note_times(self) -> None:
-        """Note how much each guest has printed until now."""
-        logs = [self._context.paths.instance(each).log("app") for each in self._context.live]
-        if logs:
-            await trio.to_thread.run_sync(self._times.note, logs)
+    async def note_times(self, limit: int) -> Sequence[str]:
+        """Note how much each guest has printed until now. Returns the instances whose guest's log is larger than
+        ``limit`` bytes."""
+        logs = {self._context.paths.instance(each).log("app"): each for each in self._context.live}
+        if not logs:
+            return ()
+        sizes = await trio.to_thread.run_sync(self._times.note, logs)
+        return [logs[path] for path, size in sizes.items() if size > limit]
 
     async def rotate(self, instance_id: str, limit: int) -> None:
-        """Rotate logs larger than ``limit`` bytes; one old log is kept of each.
+        """Rotate logs larger than ``limit`` bytes; one old log is kept of each, and emptied if it has grown beyond
+        ``MAX_OLD`` times ``limit``: a guest can print gigabytes between two looks at its log.
 
         The VMM reopens the console log; an old one that grows is of a VMM that did not get the command, as when the
         server was killed in between. It holds its own log open for appending, so that one is copied and truncated: a
@@ -82,6 +90,9 @@ class Logs:
                 elif before is not None and _size(old) > before:
                     await _reopen(live.vmm, app)
             finally:
+                if _size(old) > MAX_OLD * limit:
+                    self.journal(instance_id, f"the guest printed {_size(old)} bytes at once, which were discarded")
+                    await trio.to_thread.run_sync(_empty, old)
                 self._old_sizes[instance_id] = _size(old)
         for other in (mine.log("vmm"), mine.log("hypeman")):
             if _size(other) > limit:
