@@ -248,7 +248,15 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         kept=digests_in_use,
         on_delete=forget_image,
     )
-    registry = Registry(store=store, blobs=images.blobs, images=images, max_blob_bytes=config.images.max_image_size)
+    registry = Registry(
+        store=store,
+        blobs=images.blobs,
+        images=images,
+        max_blob_bytes=config.images.max_image_size,
+        max_uploads_bytes=config.images.max_uploads_size,
+        max_kept_bytes=config.images.max_registry_size,
+        room=partial(facts.room_bytes, paths.data_dir),
+    )
     pushes = Pushes(store=store, images=images, blobs=images.blobs, client=images.client)
     disks = Disks(files, processes, paths.templates)
     catalog = make_catalog(
@@ -506,6 +514,7 @@ def _builds(
             max_cpus=config.limits.max_vcpus_per_instance,
             max_memory=config.limits.max_memory_per_instance,
         ),
+        room=partial(facts.room_bytes, config.paths.data_dir),
     )
 
 

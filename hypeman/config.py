@@ -150,6 +150,12 @@ class ImagesConfig(_Section, frozen=True):
     """Size of the cache of compressed layers; the least recently used are evicted first."""
     max_image_size: PositiveSize = 50 << 30
     """Maximum unpacked size of all layers of an image."""
+    max_uploads_size: PositiveSize = 100 << 30
+    """Maximum size of all uploads to the registry (``/v2``) that are not complete. They leave 256 MB of the disk free
+    in any case."""
+    max_registry_size: Size = 0
+    """Maximum size of all blobs that the registry keeps: pushed ones, results and caches of builds, and those of images
+    that clients have pulled from here. 0: as much as fits."""
     max_image_entries: Positive = 2_000_000
     """Maximum number of files and directories in an image."""
     import_paths: tuple[str, ...] = ()

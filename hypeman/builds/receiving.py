@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import trio
@@ -29,10 +29,11 @@ _GZIP = b"\x1f\x8b"
 class Receiver:
     """One per server. Counts contexts until ``forget``: also those of builds that wait or run."""
 
-    def __init__(self, *, max_source: int, max_sources: int) -> None:
-        """Bytes of one context, and of all."""
+    def __init__(self, *, max_source: int, max_sources: int, room: Callable[[], int]) -> None:
+        """Bytes of one context, of all, and of what the disk has left for them."""
         self._max_source = max_source
         self._max_sources = max_sources
+        self._room = room
         self._sources: dict[str, int] = {}
         self._held = 0
         """Bytes of fields of forms that are being received."""
@@ -95,6 +96,11 @@ class Receiver:
             raise InsufficientResources(
                 f"contexts of builds that are not over may take {format_size(self._max_sources)} together "
                 "(build.max_sources_size); try again when some are over",
+                resource="disk",
+            )
+        if size > (room := self._room()):
+            raise InsufficientResources(
+                f"the context does not fit: {format_size(room)} are left for contexts on the server's disk",
                 resource="disk",
             )
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -94,8 +95,10 @@ class Builds:
         files: Files,
         worker: Worker,
         settings: Settings,
+        room: Callable[[], int] = lambda: sys.maxsize,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
+        """``room``: bytes that contexts may have, from what the disk has free."""
         self._store = store
         self._paths = paths
         self._files = files
@@ -106,7 +109,7 @@ class Builds:
         self._journals: dict[str, Journal] = {}
         self._running: dict[str, _Running] = {}
         self._changed = trio.Event()
-        self._receiver = Receiver(max_source=settings.max_source, max_sources=settings.max_sources)
+        self._receiver = Receiver(max_source=settings.max_source, max_sources=settings.max_sources, room=room)
         self.builders = Builders(
             store=store,
             worker=worker,

@@ -45,6 +45,15 @@ def free_bytes(path: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
+SPARE_BYTES = 256 << 20
+"""Of the disk, what clients cannot fill with what they send: the store, logs and VMs that run need some."""
+
+
+def room_bytes(path: Path) -> int:
+    """What clients may still send to the file system that ``path`` lies on."""
+    return max(0, free_bytes(path) - SPARE_BYTES)
+
+
 def cpu_seconds() -> float:
     """Processor time that everything on the host has used since its boot, from proc(5)."""
     user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import secrets
+import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -45,6 +46,7 @@ from hypeman.registry.names import Code, RegistryFailure, check_digest, is_diges
 from hypeman.registry.records import BLOBS, MANIFESTS, TAGS, BlobRow, ManifestRow, TagRow
 from hypeman.store.store import Store
 from hypeman.store.tables import Txn
+from hypeman.units import format_size
 
 log = logging.getLogger(__name__)
 
@@ -133,12 +135,20 @@ class Registry:
         blobs: Blobs,
         images: ImageStore,
         max_blob_bytes: int,
+        max_uploads_bytes: int = sys.maxsize,
+        max_kept_bytes: int = 0,
+        room: Callable[[], int] = lambda: sys.maxsize,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
+        """``max_uploads_bytes``: of uploads that are not complete, together. ``max_kept_bytes``: of all blobs that
+        repositories have; 0 is unlimited. ``room``: bytes that uploads may have, from what the disk has free."""
         self._store = store
         self._blobs = blobs
         self._images = images
         self._max_blob_bytes = max_blob_bytes
+        self._max_uploads_bytes = max_uploads_bytes
+        self._max_kept_bytes = max_kept_bytes
+        self._room = room
         self._now = now
         self._uploads: dict[str, Upload] = {}
         self._tagging = trio.Lock()
@@ -262,7 +272,8 @@ class Registry:
     ) -> int:
         """Append to an upload; returns its size. ``span``: first and last byte as the client counts.
 
-        Raises RegistryFailure RANGE_INVALID for a span that does not continue the upload, SIZE_INVALID.
+        Raises RegistryFailure RANGE_INVALID for a span that does not continue the upload, SIZE_INVALID; DENIED or
+        TOOMANYREQUESTS without room for it, and the upload can be continued later.
         """
         async with self._held(repository, name) as upload:
             upload.touched = self._now()
@@ -277,6 +288,7 @@ class Registry:
                 if upload.size + len(chunk) > self._max_blob_bytes:
                     await self._drop(name)
                     raise RegistryFailure(Code.SIZE_INVALID, f"a blob may have {self._max_blob_bytes} bytes at most")
+                self._check_room(len(chunk))
                 await trio.to_thread.run_sync(upload.add, chunk)
                 if upload.over:
                     raise _unknown_upload()  # cancelled by another request
@@ -285,6 +297,17 @@ class Registry:
                 await self._drop(name)
                 raise RegistryFailure(Code.SIZE_INVALID, "the body is not as long as Content-Range says")
             return upload.size
+
+    def _check_room(self, size: int) -> None:
+        """Raises RegistryFailure."""
+        if size > (room := self._room()):
+            raise RegistryFailure(
+                Code.DENIED, f"the disk of this host is nearly full: {format_size(room)} are left for uploads"
+            )
+        if size + sum(upload.size for upload in self._uploads.values()) > self._max_uploads_bytes:
+            most = format_size(self._max_uploads_bytes)
+            message = f"uploads that are not complete may take {most} together (images.max_uploads_size)"
+            raise RegistryFailure(Code.TOOMANYREQUESTS, message)
 
     @asynccontextmanager
     async def _held(self, repository: str, name: str) -> AsyncIterator[Upload]:
@@ -313,7 +336,16 @@ class Registry:
             self._uploads.pop(name, None)
             upload.end()
             row = BlobRow(upload.size, self._now())
-            await self._store.write(lambda txn: txn.put(BLOBS, f"{repository}@{digest}", row))
+            await self._store.write(lambda txn: self._keep(txn, repository, digest, row))
+
+    def _keep(self, txn: Txn, repository: str, digest: str, row: BlobRow) -> None:
+        """Raises RegistryFailure DENIED. The file of a blob that is refused leaves with the cache's eviction."""
+        if self._max_kept_bytes:
+            sizes = {key.rpartition("@")[2]: known.size for key, known in txn.scan(BLOBS)}
+            if digest not in sizes and sum(sizes.values()) + row.size > self._max_kept_bytes:
+                most = format_size(self._max_kept_bytes)
+                raise RegistryFailure(Code.DENIED, f"the registry may keep {most} (images.max_registry_size)")
+        txn.put(BLOBS, f"{repository}@{digest}", row)
 
     async def put_blob(self, repository: str, digest: str, chunks: AsyncIterable[bytes]) -> None:
         """A whole upload at once: nothing of it is left if it fails. Raises as ``receive`` and ``finish`` do."""

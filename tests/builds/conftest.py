@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -110,11 +111,19 @@ class Bench:
         self.paths = paths
         self.worker = FakeWorker()
         self.settings = Settings()
+        self.room = sys.maxsize
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Builds]:
         """A server, killed at the end of the block: nothing that it does afterwards is written."""
-        builds = Builds(store=self.store, paths=self.paths, files=Files(), worker=self.worker, settings=self.settings)
+        builds = Builds(
+            store=self.store,
+            paths=self.paths,
+            files=Files(),
+            worker=self.worker,
+            settings=self.settings,
+            room=lambda: self.room,
+        )
         async with trio.open_nursery() as nursery:
             await nursery.start(builds.run)
             yield builds

@@ -307,6 +307,18 @@ async def test_contexts_of_all_builds_are_bounded_together(bench: Bench) -> None
         assert (await builds.create(form(**large))).status is BuildStatus.QUEUED
 
 
+async def test_a_context_that_would_fill_the_disk_is_refused(bench: Bench) -> None:
+    async with bench.serving() as builds:
+        bench.room = 6
+        with pytest.raises(InsufficientResources, match="server's disk") as full:
+            async with aclosing(form()) as parts:
+                await builds.create(parts)
+        assert (full.value.status, full.value.code) == (409, "insufficient_resources")
+        assert not list(bench.paths.tmp.iterdir()) and await builds.list(tags={}) == []
+        bench.room = 7
+        assert (await builds.create(form())).status is BuildStatus.QUEUED
+
+
 @pytest.mark.parametrize("end", ["ready", "failed", "cancelled", "cancelled in the queue"])
 async def test_what_a_build_was_lent_is_forgotten_with_it(bench: Bench, end: str) -> None:
     bench.settings = msgspec.structs.replace(bench.settings, at_once=1)

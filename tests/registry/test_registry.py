@@ -204,6 +204,34 @@ async def test_a_full_disk_leaves_an_upload_that_can_be_continued(
         assert (await client.get(f"/v2/a/blobs/{digest(b'first second')}")).content == b"first second"
 
 
+async def test_uploads_do_not_fill_the_disk(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was received stays, and can be continued when there is room."""
+    data = b"first second"
+    async with served.client() as client:
+        at = (await client.post("/v2/a/blobs/uploads/")).headers["location"]
+        await client.patch(at, content=b"first ")
+        for name, value, status in (("_room", lambda: 5, 403), ("_max_uploads_bytes", 11, 429)):
+            with monkeypatch.context() as full:
+                full.setattr(served.registry, name, value)
+                refused = await client.patch(at, content=b"second")
+            assert (refused.status_code, len(refused.json()["errors"])) == (status, 1), refused.text
+        assert (await client.get(at)).headers["range"] == "0-5"
+        assert (await client.put(at, params={"digest": digest(data)}, content=b"second")).status_code == 201
+
+
+async def test_what_the_registry_keeps_is_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A blob counts once, in however many repositories it is."""
+    monkeypatch.setattr(served.registry, "_max_kept_bytes", 10)
+    async with served.client() as client:
+        await upload(client, "a", b"123456")
+        await upload(client, "b", b"123456")
+        at = (await client.post("/v2/a/blobs/uploads/")).headers["location"]
+        refused = await client.put(at, params={"digest": digest(b"67890")}, content=b"67890")
+        assert (refused.status_code, "max_registry_size" in refused.text) == (403, True)
+        assert (await client.get(f"/v2/a/blobs/{digest(b'67890')}")).status_code == 404
+        await upload(client, "a", b"6789")
+
+
 async def test_no_caller_takes_all_uploads(served: Served) -> None:
     registry = served.registry
     set_actor(Actor("greedy"))
