@@ -271,10 +271,18 @@ def receive(client: Client, instance: str, path: str, *, follow_links: bool) -> 
                         raise CopyFailed(f"{header} does not have the size that was announced")
                     final = bool(frame.get("final"))
                 case _:
-                    raise CopyFailed(frame.get("message") or "the stream ended early")
+                    raise CopyFailed(_named(instance, path, str(frame.get("message") or "the stream ended early")))
     finally:
         counter.end()
         socket.close()
+
+
+def _named(instance: str, path: str, message: str) -> str:
+    """``message`` with the whole name of what it is about; the guest names it from the last part of ``path`` on."""
+    above, _, last = path.rstrip("/").rpartition("/")
+    if last and message.startswith((f"{last}:", f"{last}/")):
+        return f"{instance}:{above}/{message}"
+    return f"{instance}:{path}: {message}"
 
 
 def checked_path(header: dict[str, Any]) -> str:

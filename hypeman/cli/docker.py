@@ -15,7 +15,18 @@ from hypeman.cli.images import delete_image, tag_image
 from hypeman.cli.instances import instance_argument, path_of, restart_instance, show_instance
 from hypeman.cli.output import render_table, size, use_colour
 from hypeman.cli.prune import delete_after_question, stopped_instances, unattached_volumes, unused_images
-from hypeman.cli.session import Session, another_name, complain, fail, interrupted, present, reports, write_log
+from hypeman.cli.session import (
+    Session,
+    another_name,
+    complain,
+    fail,
+    format_option,
+    interrupted,
+    present,
+    reports,
+    templated,
+    write_log,
+)
 
 _BY_SIGNAL = 128
 
@@ -98,16 +109,21 @@ def commit(
 
 
 @click.command()
+@format_option
 @reports
+@templated("info")
 def info(session: Session) -> None:
     """Show the server, its host and how many of everything it has."""
     client = session.client
+    lists = {kind: client.get(f"/{kind}") for kind in ("instances", "images", "volumes", "snapshots")}
     found: dict[str, Any] = {
         "capabilities": client.get("/capabilities"),
         "resources": client.get("/resources"),
-        "counts": {kind: len(client.get(f"/{kind}")) for kind in ("instances", "images", "volumes", "snapshots")},
+        "counts": {kind: len(rows) for kind, rows in lists.items()},
         "server": client.settings.base_url,
     }
+    if session.template is not None:
+        found["instances"] = lists["instances"]
     session.show(found, lambda: _info_text(found))
 
 
@@ -161,9 +177,15 @@ def prune(session: Session, force: bool, everything: bool, volumes: bool) -> Non
 
 
 @click.command(hidden=True)
-def version() -> None:
+@format_option
+@reports
+@templated("versions")
+def version(session: Session) -> None:
     """Show the version, as --version does."""
-    click.echo(f"hypeman, version {__version__}")
+    if session.template is not None:
+        session.show(lambda: session.client.get("/capabilities"))
+    else:
+        click.echo(f"hypeman, version {__version__}")
 
 
 @click.command("help", hidden=True)

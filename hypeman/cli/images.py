@@ -16,7 +16,7 @@ from hypeman.cli.groups import NounGroup
 from hypeman.cli.logins import sent_login
 from hypeman.cli.output import age, size
 from hypeman.cli.progress import counted
-from hypeman.cli.session import Session, complain, fail, interrupted, pairs, present, reports
+from hypeman.cli.session import Session, complain, fail, format_option, interrupted, pairs, present, reports, templated
 from hypeman.text import one_line
 from hypeman.urls import segment
 
@@ -132,6 +132,7 @@ images.add_command(pull, "create")
 @click.option("-q", "--quiet", is_flag=True, help="Only names.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
 @reports
+@templated("image_row")
 def list_images(session: Session, quiet: bool, tags: tuple[str, ...]) -> None:
     """List images."""
     columns = [
@@ -146,7 +147,9 @@ def list_images(session: Session, quiet: bool, tags: tuple[str, ...]) -> None:
 
 @images.command("get")
 @click.argument("name", shell_complete=complete_image)
+@format_option
 @reports
+@templated("image")
 def get_image(session: Session, name: str) -> None:
     """Show everything about an image."""
     session.show(session.client.get(image_path(name)))
@@ -158,7 +161,7 @@ def get_image(session: Session, name: str) -> None:
 @reports
 def tag_image(session: Session, name: str, target: str) -> None:
     """Make TARGET another name of the image NAME, without a pull."""
-    session.show(session.client.call("POST", f"{image_path(name)}/tag", {"target": target}))
+    session.show(session.client.call("POST", f"{image_path(name)}/tag", {"target": target}), lambda: "")
 
 
 @images.command("delete")

@@ -12,7 +12,7 @@ import click
 
 from hypeman.cli.client import ApiError, Client
 from hypeman.cli.complete import complete_instance
-from hypeman.cli.output import FORMATS, age, render_table, size, until, use_colour
+from hypeman.cli.output import age, render_table, size, until, use_colour
 from hypeman.cli.policies import (
     compression_body,
     compression_options,
@@ -21,7 +21,19 @@ from hypeman.cli.policies import (
     restart_body,
     restart_options,
 )
-from hypeman.cli.session import Format, ParamType, Session, fail, interrupted, pairs, present, reports, warn, write_log
+from hypeman.cli.session import (
+    ParamType,
+    Session,
+    fail,
+    format_option,
+    interrupted,
+    pairs,
+    present,
+    reports,
+    templated,
+    warn,
+    write_log,
+)
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.text import one_line
 from hypeman.urls import segment
@@ -132,6 +144,7 @@ def docker_filter(text: str) -> str:
 @click.option("-n", "--last", type=click.IntRange(1), help="Only so many, those created last, in any state.")
 @click.option("-l", "--latest", is_flag=True, help="Only the one created last, in any state.")
 @reports
+@templated("instance_row")
 def ps(
     session: Session,
     everything: bool,
@@ -144,6 +157,7 @@ def ps(
 ) -> None:
     """List instances."""
     last = 1 if latest else last
+    session.fields = "whole_instance_row" if whole else session.fields
     session.filters = [docker_filter(text) for text in session.filters]
     found = session.client.get("/instances", state=state, tags=pairs(tags))
     if last is not None:
@@ -166,23 +180,31 @@ def ps(
     ]
     session.show_list(rows, columns, quiet="id" if quiet else None)
     hidden = len(found) - len(rows)
-    if hidden and session.form == "auto" and not quiet:
+    if hidden and session.form == "auto" and session.template is None and not quiet:
         click.echo(f"{hidden} more that {'is' if hidden == 1 else 'are'} not running: hypeman ps --all", err=True)
 
 
 @click.command()
 @click.argument("instances", nargs=-1, required=True, shell_complete=complete_instance)
 @click.option("--show-env", is_flag=True, help="Show the values of the environment.")
-@click.option("-f", "form", type=Format(FORMATS), hidden=True)
+@format_option
 @reports
-def inspect(session: Session, instances: tuple[str, ...], show_env: bool, form: str | None) -> None:
-    """Show everything about an instance, or a list of several."""
-    session.form = form or session.form
-    found = [session.client.get(path_of(instance)) for instance in instances]
-    for one in found:
+@templated("instance")
+def inspect(session: Session, instances: tuple[str, ...], show_env: bool) -> None:
+    """Show everything about an instance, or a list of several. One that is missing does not hide the others."""
+    found = []
+
+    def look(name: str) -> None:
+        one = session.client.get(path_of(name))
         if not show_env and one.get("env"):
             one["env"] = dict.fromkeys(one["env"], _HIDDEN)
-    session.show(found if len(instances) > 1 else found[0])
+        found.append(one)
+
+    try:
+        session.each(instances, look)
+    finally:
+        if found:
+            session.show(found if len(instances) > 1 else found[0])
 
 
 class Lines(ParamType):

@@ -142,7 +142,16 @@ def plain_flags(command: click.Command, args: list[str]) -> list[str]:
     cls=Commands, commands=Tree(), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 @click.option("--base-url", help="http://…, https://… or unix:///path of the server.")
-@click.option("-o", "--output", "--format", "form", type=Format(FORMATS), default="auto", help="Output format.")
+@click.option(
+    "-o",
+    "--output",
+    "--format",
+    "form",
+    type=Format(FORMATS),
+    default="auto",
+    metavar="FORMAT",
+    help=f"{', '.join(FORMATS)}, or a template of Docker's: '{{{{.Names}}}}'.",
+)
 @click.option("--format-error", "form_error", type=click.Choice(FORMATS), default="auto", help="Format of errors.")
 @click.option(
     "--filter", "filters", multiple=True, metavar="FIELD=VALUE", help="Only rows of a list that match; * and ?."

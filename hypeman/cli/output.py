@@ -6,7 +6,7 @@ import fnmatch
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -158,3 +158,15 @@ def until(timestamp: str, now: datetime | None = None) -> str:
     now = now or datetime.now(UTC)
     left = datetime.fromisoformat(timestamp) - now
     return "now" if left.total_seconds() <= 0 else f"in {age(now.isoformat(), now + left)}"
+
+
+def port_rows(mapping: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """One row for each port: ``80/tcp`` of the guest, ``0.0.0.0:8080`` of the host."""
+    address = mapping.get("host_address") or ""
+    for where in (address,) if address else ("0.0.0.0", "::"):  # noqa: S104 - shown, not bound
+        shown = f"[{where}]" if ":" in where else where
+        for i in range(mapping.get("count", 1)):
+            yield {
+                "guest": f"{mapping['guest_port'] + i}/{mapping['protocol']}",
+                "host": f"{shown}:{mapping['host_port'] + i}",
+            }

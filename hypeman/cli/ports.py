@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import click
 
 from hypeman.cli.complete import complete_instance
 from hypeman.cli.instances import path_of, update
+from hypeman.cli.output import port_rows
 from hypeman.cli.session import Session, fail, reports
 
 _MAPPING = re.compile(
@@ -66,7 +66,7 @@ def _range(text: str, part: str) -> tuple[int, int]:
 def port(session: Session, instance: str, guest_port: str | None) -> None:
     """Show the published ports of INSTANCE, or where one of them is."""
     mappings = session.client.get(path_of(instance)).get("ports") or []
-    rows = [row for mapping in mappings for row in rows_of(mapping)]
+    rows = [row for mapping in mappings for row in port_rows(mapping)]
     if guest_port is not None:
         wanted = guest_port if "/" in guest_port else f"{guest_port}/tcp"
         rows = [row for row in rows if row["guest"] == wanted]
@@ -81,18 +81,6 @@ def _text(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"{row['guest']} -> {row['host']}" for row in rows)
 
 
-def rows_of(mapping: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """One row for each port: ``80/tcp`` of the guest, ``0.0.0.0:8080`` of the host."""
-    address = mapping.get("host_address") or ""
-    for where in (address,) if address else ("0.0.0.0", "::"):  # noqa: S104 - shown, not bound
-        shown = f"[{where}]" if ":" in where else where
-        for i in range(mapping.get("count", 1)):
-            yield {
-                "guest": f"{mapping['guest_port'] + i}/{mapping['protocol']}",
-                "host": f"{shown}:{mapping['host_port'] + i}",
-            }
-
-
 @update.command("ports")
 @click.argument("instance", shell_complete=complete_instance)
 @ports_option
@@ -103,4 +91,4 @@ def update_ports(session: Session, instance: str, ports: tuple[str, ...], nothin
     if bool(ports) == nothing:
         raise click.UsageError("give all ports with -p, or --none")
     changed = session.client.call("PATCH", path_of(instance), {"ports": [parse_port(text) for text in ports]})
-    session.show(changed, lambda: _text([row for mapping in changed.get("ports") or [] for row in rows_of(mapping)]))
+    session.show(changed, lambda: _text([row for mapping in changed.get("ports") or [] for row in port_rows(mapping)]))

@@ -14,6 +14,7 @@ import msgspec
 
 from hypeman.cli.client import ApiError, Client, Unreachable
 from hypeman.cli.output import (
+    FORMATS,
     Columns,
     matching,
     pick,
@@ -44,14 +45,16 @@ class Session:
         self,
         *,
         base_url: str | None = None,
-        form: str = "auto",
+        form: str | Template = "auto",
         form_error: str = "auto",
         transform: str = "",
         transform_error: str = "",
         debug: bool = False,
         filters: Sequence[str] = (),
     ) -> None:
-        self.form = "auto" if form == "table" else form
+        self.set_form(form)
+        self.fields = ""
+        """The function of ``docker_fields`` for what the command shows."""
         self.filters = filters
         """``FIELD=VALUE``; a command may translate Docker's names of fields."""
         self._base_url = base_url
@@ -59,6 +62,11 @@ class Session:
         self._transform = transform
         self._transform_error = transform_error
         self._debug = debug
+
+    def set_form(self, form: str | Template) -> None:
+        """One of FORMATS, or a template."""
+        self.template = None if isinstance(form, str) else form
+        self.form = form if isinstance(form, str) and form != "table" else "auto"
 
     @functools.cached_property
     def client(self) -> Client:
@@ -70,7 +78,9 @@ class Session:
 
     def show(self, value: Any, human: Callable[[], str] | None = None) -> None:
         """Print ``value`` in the selected format; ``human`` renders it for people if that is ``auto``."""
-        if self._transform:
+        if self.template is not None:
+            self._fill(value if isinstance(value, list) else [value])
+        elif self._transform:
             value = pick(value, self._transform)
             form = "raw" if self.form == "auto" and isinstance(value, str) else self.form
             echo(render(value, form))
@@ -93,6 +103,19 @@ class Session:
                 click.echo(one_line(str(row[quiet])))
         else:
             self.show(rows, lambda: render_table(rows, columns, colour=use_colour(), width=terminal_width()))
+
+    def _fill(self, values: Sequence[Any]) -> None:
+        """Print the template for each of ``values``. Raises UsageError for a field that they do not have."""
+        from hypeman.cli import docker_fields, templates
+
+        assert self.template is not None
+        objects = [getattr(docker_fields, self.fields)(value) for value in values]
+        try:
+            text = self.template.lines(objects, docker_fields.HEADERS)
+        except templates.TemplateError as error:
+            raise click.UsageError(f"--format: {error}") from None
+        if values or text:
+            echo(text)
 
     def report(self, error: Exception) -> None:
         """Print on stderr what went wrong and what to do."""
@@ -174,6 +197,12 @@ def reports(command: Callable[..., Any]) -> Any:
 
     @functools.wraps(command)
     def run(session: Session, *args: Any, **kwargs: Any) -> Any:
+        session.fields = getattr(command, "docker_fields", "")
+        if session.template is not None and not session.fields:
+            raise click.UsageError(
+                "templates are not supported by this command: --transform shows a part, as in --transform network.ip "
+                "or, of a list, --transform '#.name'; -o json shows everything"
+            )
         try:
             return command(session, *args, **kwargs)
         except (ApiError, Unreachable, SettingsError) as error:
@@ -181,6 +210,17 @@ def reports(command: Callable[..., Any]) -> Any:
             raise SystemExit(1) from None
 
     return click.pass_obj(run)
+
+
+def templated(fields: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator below ``reports``: the command takes templates, whose names of fields are those of that function of
+    ``docker_fields``."""
+
+    def mark(command: Callable[..., Any]) -> Callable[..., Any]:
+        command.docker_fields = fields  # type: ignore[attr-defined]
+        return command
+
+    return mark
 
 
 def another_name(command: click.Command, name: str, *, hidden: bool = False) -> click.Command:
@@ -217,23 +257,27 @@ def environment(values: Sequence[str], environ: Mapping[str, str] = os.environ) 
 
 
 if TYPE_CHECKING:
+    from hypeman.cli.templates import Template
+
     ParamType = click.ParamType[Any]
 else:
     ParamType = click.ParamType  # not generic in older versions
 
 
 class Format(click.Choice[str]):
-    """One of FORMATS. The templates of Docker are told apart from a word that is misspelt."""
+    """One of FORMATS, or one of Docker's templates."""
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        if "{{" in str(value):
-            self.fail(
-                "templates are not supported: --transform shows a part, as in --transform network.ip or, of a list, "
-                "--transform '#.name'; -o json shows everything",
-                parameter,
-                context,
-            )
-        return super().convert(value, parameter, context)
+        if not isinstance(value, str):
+            return value
+        if "{{" not in value:
+            return super().convert(value, parameter, context)
+        from hypeman.cli.templates import Template, TemplateError
+
+        try:
+            return Template(value)
+        except TemplateError as error:
+            self.fail(f"the template is not understood: {error}", parameter, context)
 
 
 class Size(ParamType):
@@ -271,6 +315,17 @@ class Gigabytes(Size):
 
 
 SIZE, GIGABYTES = Size(), Gigabytes()
+
+
+def _choose_format(context: click.Context, _parameter: click.Parameter, value: Any) -> None:
+    if value is not None:
+        context.ensure_object(Session).set_form(value)
+
+
+format_option = click.option(
+    "-f", type=Format(FORMATS), hidden=True, expose_value=False, callback=_choose_format, is_eager=True
+)
+"""Docker's short form of the global ``--format``, for commands that have one there."""
 
 
 @contextmanager

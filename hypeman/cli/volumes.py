@@ -12,7 +12,7 @@ from hypeman.cli.images import upload_chunks
 from hypeman.cli.instances import path_of, show_instance
 from hypeman.cli.output import age
 from hypeman.cli.prune import delete_after_question, unattached_volumes
-from hypeman.cli.session import GIGABYTES, Session, fail, pairs, present, reports
+from hypeman.cli.session import GIGABYTES, Session, fail, format_option, pairs, present, reports, templated
 from hypeman.urls import segment
 
 
@@ -60,6 +60,7 @@ def create_volume(
 @click.option("-q", "--quiet", is_flag=True, help="Only ids.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
 @reports
+@templated("volume")
 def list_volumes(session: Session, quiet: bool, tags: tuple[str, ...]) -> None:
     """List volumes."""
     columns = [
@@ -78,7 +79,9 @@ def _users(row: Any) -> str:
 
 @volumes.command("get")
 @click.argument("volume", shell_complete=complete_volume)
+@format_option
 @reports
+@templated("one_volume")
 def get_volume(session: Session, volume: str) -> None:
     """Show everything about a volume."""
     session.show(session.client.get(f"/volumes/{segment(volume)}"))

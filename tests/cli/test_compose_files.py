@@ -330,11 +330,11 @@ def test_files_are_mounted_one_by_one(tmp_path: Path) -> None:
         "etc/nginx/nginx.conf": (about.st_mode & 0o777, about.st_uid, about.st_gid, str(tmp_path / "nginx.conf")),
     }
     assert web.mounts == (
-        {"volume_id": "s-web-var-lib-state-db", "mount_path": "/", "files": True},
+        {"volume_id": "s-web-var-lib-state-db-ea74d9", "mount_path": "/", "files": True},
         {"volume_id": "s-web-data", "mount_path": "/data"},
         {"volume_id": files.name, "mount_path": "/", "readonly": True, "files": True},
     )
-    assert (state.name, new.copied) == ("s-web-var-lib-state-db", "")
+    assert (state.name, new.copied) == ("s-web-var-lib-state-db-ea74d9", "")
     assert any("new does not exist: the guest gets an empty volume" in warning for warning in stack.warnings)
     (tmp_path / "conf").write_text("changed")
     changed = load(CONFIGS, tmp_path, PORT="8080")

@@ -67,7 +67,6 @@ def test_a_directory_becomes_a_volume(tmp_path: Path) -> None:
     [
         ("./gone:/there:ro", "gone does not exist"),
         ("./file:/etc/:ro", "'/etc/' is not an absolute path of a file"),
-        ("./file:/etc/hosts:ro", "/etc/hosts is written at each boot"),
         ("/dev/null:/there", "neither a directory nor a file"),
         ("/:/host:ro", "/ is the host's: a VM has its own"),
         ("/proc/self:/host:ro", "a VM has its own"),
@@ -82,6 +81,31 @@ def test_what_cannot_be_copied(tmp_path: Path, mount: str, message: str) -> None
     (tmp_path / "file").write_text("x")
     with pytest.raises(ComposeError, match=message):
         load(f"services: {{web: {{image: nginx, volumes: [{mount}]}}}}", tmp_path)
+
+
+def test_files_that_the_guest_would_write_itself(tmp_path: Path) -> None:
+    for name in ("hosts", "hostname", "resolv.conf"):
+        (tmp_path / name).write_text("ours")
+    mounts = "['./hosts:/etc/hosts:ro', './hostname:/etc/hostname:ro', './resolv.conf:/etc/resolv.conf:ro']"
+    [volume] = load(f"services: {{web: {{image: nginx, volumes: {mounts}}}}}", tmp_path).volumes
+    assert {file.path for file in volume.files} == {"etc/hosts", "etc/hostname", "etc/resolv.conf"}
+
+
+def test_copies_do_not_share_a_name(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    targets = ("/a.b", "/a-b", "/a/b", "/A/b", "/a_b")
+    mounts = ", ".join(f"'./here:{target}'" for target in targets)
+    names = {
+        volume.name for volume in load(f"name: s\nservices: {{w: {{image: x, volumes: [{mounts}]}}}}", tmp_path).volumes
+    }
+    assert len(names) == len(targets)
+    assert "s-w-a-b" in names
+    for text in (
+        "services: {a: {image: x, volumes: ['./here:/b/c']}, a-b: {image: x, volumes: ['./here:/c']}}",
+        "services: {a: {image: x, volumes: ['./here:/b', 'a-b:/c']}}\nvolumes: {a-b: }",
+    ):
+        with pytest.raises(ComposeError, match="two volumes would have the name s-a-b"):
+            load(f"name: s\n{text}", tmp_path)
 
 
 def test_a_directory_that_is_too_large(tmp_path: Path) -> None:

@@ -207,6 +207,22 @@ def test_a_file_out(cli: Any, server: Any, tmp_path: Path) -> None:
     assert (missing.exit_code, "no such file" in missing.stderr) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("path", "message", "shown"),
+    [
+        ("/nope", "nope: No such file or directory", "web:/nope: No such file or directory"),
+        ("/srv/tree/", "tree/x/y: Permission denied", "web:/srv/tree/x/y: Permission denied"),
+        ("/", "the disk is full", "web:/: the disk is full"),
+    ],
+)
+def test_what_cannot_be_copied_out_has_its_whole_name(
+    cli: Any, server: Any, tmp_path: Path, path: str, message: str, shown: str
+) -> None:
+    server.world.instances.tree = [HypemanError(message)]
+    done = cli("cp", f"web:{path}", str(tmp_path))
+    assert (done.exit_code, done.stderr.splitlines()[0]) == (1, f"Error: {shown}")
+
+
 def test_holes_stay_holes(cli: Any, server: Any, tmp_path: Path) -> None:
     size = 8 << 20
     zeros = [bytes(20_000)] * (size // 20_000) + [bytes(size % 20_000)]  # cut as the guest happened to send

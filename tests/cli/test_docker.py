@@ -110,9 +110,7 @@ def test_sizes_in_one_grammar() -> None:
         (["exec", "-d", "web", "sleep", "5"], "leaves it running"),
         (["exec", "--privileged", "web", "sh"], "every capability"),
         (["exec", "--gone", "web", "sh"], "No such option: --gone"),
-        (["ps", "--format", "{{.Names}}"], "--transform '#.name'"),
-        (["inspect", "--format", "{{.State.Status}}", "web"], "templates are not supported"),
-        (["inspect", "-f", "{{.State.Status}}", "web"], "templates are not supported"),
+        (["device", "ls", "--format", "{{.Names}}"], "--transform '#.name'"),
         (["container", "ls"], "hypeman ps"),
         (["create", "alpine"], "hypeman run -d"),
         (["run", "--cpus", "few", "alpine"], "not a number of CPUs"),
@@ -168,6 +166,23 @@ def test_several_at_once(cli: Any, server: Any) -> None:
     assert [request.grace for what, request in server.world.instances.asked if what == "stop"] == ["3s", "3s"]
     assert cli("start", "web", "db").stdout.splitlines() == ["web is Running", "db is Running"]
     assert cli("stop", "db", "gone").exit_code == 1
+
+
+def test_what_is_missing_does_not_hide_what_is_there(cli: Any, server: Any) -> None:
+    for name in ("web", "db"):
+        server.world.instances.add(name)
+    done = cli("inspect", "web", "gone", "db")
+    assert (done.exit_code, "gone" in done.stderr) == (1, True)
+    assert [one["name"] for one in json.loads(done.stdout)] == ["web", "db"]
+    assert (cli("inspect", "gone").exit_code, cli("inspect", "gone").stdout) == (1, "")
+
+
+def test_tag_prints_nothing(cli: Any, server: Any) -> None:
+    cli("pull", "nginx")
+    for command in (("tag",), ("image", "tag")):
+        done = cli(*command, "nginx", "other:v1")
+        assert (done.exit_code, done.stdout) == (0, "")
+    assert json.loads(cli("-o", "json", "tag", "nginx", "other:v1").stdout)["name"].endswith("other:v1")
 
 
 def test_waiting_for_the_end_prints_exit_codes(cli: Any, server: Any) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 from hypeman.cli.logins import registry_of
+from tests.cli.test_exec import Terminal
 
 USER, PASSWORD = "ada", "s3cret: with a colon"
 BASIC = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
@@ -91,6 +94,23 @@ def test_the_registry_is_asked_before_a_login_is_kept(cli: Any, tmp_path: Path, 
     assert json.loads(kept.read_text())["auths"] == {host: {"auth": BASIC.removeprefix("Basic ")}}
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     assert PASSWORD not in done.stdout + done.stderr
+
+
+def test_a_login_in_a_terminal(tmp_path: Path) -> None:
+    """Both are asked for, and what is typed as the password is not shown."""
+    with a_registry(bearer=False) as (host, asked):
+        terminal = Terminal(sys.executable, "-m", "hypeman", "login", "--insecure", host)
+        terminal.wait_for(b"Username: ")
+        terminal.type(f"{USER}\n".encode())
+        terminal.wait_for(b"Password: ")
+        terminal.type(f"{PASSWORD}\n".encode())
+        terminal.wait_for(b"login succeeded; kept in ")
+        assert terminal.exit_code() == 0
+        os.close(terminal.fd)
+    assert asked == ["/v2/"]
+    assert USER.encode() in terminal.seen and PASSWORD.encode() not in terminal.seen
+    kept = json.loads((tmp_path / ".docker" / "config.json").read_text())["auths"][host]
+    assert base64.b64decode(kept["auth"]).decode() == f"{USER}:{PASSWORD}"
 
 
 def test_a_registry_that_does_not_answer(cli: Any, tmp_path: Path) -> None:

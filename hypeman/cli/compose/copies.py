@@ -85,7 +85,11 @@ def _gigabytes_for(size: int) -> int:
 
 
 def _as_name(path: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", path.lower()).strip("-") or "root"
+    """Of a path in the guest. Paths that would read the same are told apart by a hash."""
+    readable = re.sub(r"[^a-z0-9]+", "-", path.lower()).strip("-") or "root"
+    if re.fullmatch(r"(/[a-z0-9]+)*/?", f"/{path.lstrip('/')}"):
+        return readable
+    return f"{readable}-{hashlib.sha256(path.strip('/').encode()).hexdigest()[:6]}"
 
 
 def _checked_size(directory: Path) -> int:

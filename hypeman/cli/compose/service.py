@@ -43,7 +43,6 @@ _BUILD_KEYS = frozenset(
 )
 _CPU_PERIOD = 100_000
 """Microseconds: the kernel's."""
-_WRITTEN_AT_BOOT = frozenset(["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"])
 
 
 class Shared(Struct, frozen=True):
@@ -615,8 +614,6 @@ def _place(target: str) -> str:
     normal = os.path.normpath(target).lstrip("/")
     if not target.startswith("/") or not normal or ".." in target.split("/") or target.endswith("/"):
         raise ComposeError(f"{target!r} is not an absolute path of a file in the guest")
-    if f"/{normal}" in _WRITTEN_AT_BOOT:
-        raise ComposeError(f"/{normal} is written at each boot: see hostname, and network in the server's settings")
     return normal
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import combinations
 from pathlib import Path
@@ -91,12 +91,26 @@ def parse(
     for reader in readers:
         with well_formed(f"services.{reader.key}"):
             services.append(reader.service())
+    copies = [volume for reader in readers for volume in reader.copies]
+    _check_names([*volumes.values(), *copies])
     return Stack(
         name,
         tuple(services),
-        (*volumes.values(), *(volume for reader in readers for volume in reader.copies)),
+        (*volumes.values(), *copies),
         (*warnings, *(warning for reader in readers for warning in reader.warnings)),
     )
+
+
+def _check_names(volumes: Iterable[Volume]) -> None:
+    """Raises ComposeError if two volumes would be the same one."""
+    known: dict[str, Volume] = {}
+    for volume in volumes:
+        first = known.setdefault(volume.name, volume)
+        if first is not volume and (first.copied or volume.copied):
+            raise ComposeError(
+                f"two volumes would have the name {volume.name}: one of {first.copied or first.key}, one of "
+                f"{volume.copied or volume.key}; give the service or the volume another name"
+            )
 
 
 def _left_out_of(kind: str, resources: Mapping[str, Any], known: frozenset[str]) -> Iterator[str]:
