@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import threading
@@ -52,3 +53,28 @@ def test_a_host_that_goes_off_says_how(tmp_path: Path) -> None:
     agent.close()
     with host._agent, pytest.raises(RigError, match=r"exit code -9"):
         host._line(time.monotonic() + 60)
+
+
+def test_a_host_that_is_waited_for_is_nudged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt that the emulator lost is made up for: a host that sleeps goes on when a key is pressed."""
+    monkeypatch.setattr(rig, "_LOOK_SECONDS", 0.01)
+    host = MetalHost([], tmp_path)
+    host._agent, agent = socket.socketpair()
+    with socket.socket(socket.AF_UNIX) as machine, agent, host._agent:
+        machine.bind(str(tmp_path / "qmp"))
+        machine.listen()
+
+        def sleep_until_a_key() -> None:
+            connection, _ = machine.accept()
+            with connection, connection.makefile("rwb", buffering=0) as lines:
+                lines.write(b'{"QMP": {}}\n')
+                for request in lines:
+                    lines.write(b'{"return": {}}\n')
+                    if json.loads(request)["execute"] == "send-key":
+                        agent.sendall(b"DONE 0 3\nyes")
+                        break
+
+        thread = threading.Thread(target=sleep_until_a_key)
+        thread.start()
+        assert host.run("true", timeout=60) == (0, "yes")
+        thread.join()
