@@ -18,6 +18,7 @@ MAX_IMAGES = 20
 _ARG = re.compile(r"ARG\s+(?P<name>[A-Za-z_]\w*)(?:=(?P<value>\S*))?", re.IGNORECASE)
 _FROM = re.compile(r"FROM\s+(?:--platform=\S+\s+)?(?P<image>\S+)(?:\s+AS\s+(?P<stage>\S+))?", re.IGNORECASE)
 _COPY = re.compile(r"COPY\s+(?:--\S+\s+)*?--from=(?P<image>\S+)\s", re.IGNORECASE)
+_DIRECTIVE = re.compile(r"\s*#\s*(?P<name>[A-Za-z]\w*)\s*=\s*(?P<value>\S+)\s*")
 _VARIABLE = re.compile(r"\$(?:(?P<plain>[A-Za-z_]\w*)|{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?})")
 
 
@@ -38,6 +39,16 @@ def find_images(text: str, build_args: Mapping[str, str]) -> list[Reference]:
         elif (match := _ARG.match(line)) is not None and not stages:
             values[match["name"]] = build_args.get(match["name"], (match["value"] or "").strip("\"'"))
     return list(found.values())[:MAX_IMAGES]
+
+
+def find_syntax(text: str) -> list[str]:
+    """The image of another frontend that the first comments name, if any."""
+    for line in text.removeprefix("\ufeff").splitlines():
+        if (directive := _DIRECTIVE.fullmatch(line)) is None:
+            break
+        if directive["name"].lower() == "syntax":
+            return [directive["value"]]
+    return []
 
 
 def familiar_name(image: Reference) -> str:

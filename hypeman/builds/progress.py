@@ -6,6 +6,7 @@ Server and command line render with the same class; what a guest prints is escap
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import datetime
 
@@ -19,6 +20,12 @@ _MAX_LINES = 20_000
 """Of output in one update: a megabyte of empty lines would keep the server busy for seconds."""
 _MAX_PENDING = 64 << 10
 """Bytes of a line of output that has not ended."""
+_MAX_LATEST = 400
+"""The latest lines of output, of all steps together, of which a step that fails shows its own."""
+_FAILED_LINES = 20
+_MAX_LATEST_LINE = 1000
+_CANCELLED = "context canceled"
+"""How the error of a step ends that ended because another one failed."""
 
 
 class Vertex(msgspec.Struct, frozen=True):
@@ -135,6 +142,8 @@ class PlainText:
         self.steps: dict[str, Step] = {}
         self._transfers = 0
         """Known, of all steps."""
+        self._latest: deque[tuple[int, str]] = deque(maxlen=_MAX_LATEST)
+        """Numbers of steps, and lines that they printed."""
         self._hide = hide
 
     def feed(self, status: SolveStatus) -> list[str]:
@@ -168,6 +177,18 @@ class PlainText:
             self._flush(step, lines)
         return lines
 
+    def failure(self, step: Step) -> list[str]:
+        """What a step that failed has printed last, as docker shows it; nothing for one that others have ended."""
+        if not step.error or step.error.endswith(_CANCELLED):
+            return []
+        latest = [text for number, text in self._latest if number == step.number]
+        return ["------", f" > {step.name}:", *latest[-_FAILED_LINES:], "------"]
+
+    def _shown(self, step: Step, data: bytes, at: datetime | None) -> str:
+        text = _line(step, data, at)
+        self._latest.append((step.number, text[:_MAX_LATEST_LINE]))
+        return f"#{step.number} {text}"
+
     def _vertex(self, vertex: Vertex, lines: list[str]) -> None:
         step = self.steps.get(vertex.digest)
         if step is None:
@@ -184,6 +205,7 @@ class PlainText:
             self._flush(step, lines)
             if vertex.error:
                 lines.append(f"#{step.number} ERROR: {vertex.error}")
+                lines += self.failure(step)
             elif vertex.cached:
                 lines.append(f"#{step.number} CACHED")
             else:
@@ -195,7 +217,7 @@ class PlainText:
         step.pending = bytearray(rest)
         shown = whole[: max(0, _MAX_LINES - len(lines))]
         for line in shown:
-            lines.append(_line(step, line, output.timestamp))
+            lines.append(self._shown(step, line, output.timestamp))
         if len(shown) < len(whole):
             lines.append(f"#{step.number} [{len(whole) - len(shown)} more lines at once: not shown]")
         if len(step.pending) > _MAX_PENDING:
@@ -203,7 +225,7 @@ class PlainText:
 
     def _flush(self, step: Step, lines: list[str]) -> None:
         if step.pending:
-            lines.append(_line(step, bytes(step.pending), None))
+            lines.append(self._shown(step, bytes(step.pending), None))
             step.pending.clear()
 
 
@@ -212,4 +234,4 @@ def _line(step: Step, data: bytes, at: datetime | None) -> str:
     if at is not None and step.started is not None:
         since = f"{max(0.0, (at - step.started).total_seconds()):.3f} "
     text = data.decode(errors="replace").rstrip("\r")
-    return f"#{step.number} {since}{text}"
+    return f"{since}{text}"

@@ -68,6 +68,8 @@ _MAX_TAIL = 8 << 10
 _MAX_BASES = 100
 _MAX_OUTPUT = 1 << 20
 _HIDDEN = b"***"
+_REASON = b"error: "
+"""How buildctl begins the reason of a failure."""
 _BASE = re.compile(r"FROM \S+@(sha256:[0-9a-f]{64})")
 _HASH = re.compile(r"([0-9a-f]{64})  (\S+)")
 _LEFT = re.compile(
@@ -435,16 +437,17 @@ class _Attempt:
         if rest := splitter.flush():
             self._line(rest)
         if received.exit_code:
-            said = [line[7:] for line in _text(self._tail).splitlines() if line.startswith("error: ")]
+            said = [line[7:] for line in _text(self._tail).splitlines() if line.startswith(_REASON.decode())]
             reason = self._errors[-1] if self._errors else ""
             raise BuildFailed(said[-1] if said else reason or received.message or f"exit code {received.exit_code}")
 
     def _line(self, line: bytes) -> None:
         status = parse_status(line)
         if status is None:
-            if text := line.strip():
+            if text := line.rstrip():
                 text = self._redact.bytes(text)
-                self._report.log(text.decode(errors="replace"))
+                if not text.startswith(_REASON):  # it becomes that of the build
+                    self._report.log(text.decode(errors="replace"))
                 self._tail += text + b"\n"
                 del self._tail[:-_MAX_TAIL]
             return

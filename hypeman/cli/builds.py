@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 _CHUNK = 256 << 10
 _GZIP = b"\x1f\x8b"
+_TAR_MAGIC = slice(257, 262)
+"""Where the first header of a tar says that it is one."""
 _REDRAW_SECONDS = 0.1
 _FINAL = ("ready", "failed", "cancelled")
 
@@ -86,7 +88,7 @@ def build() -> None:
 def create(
     session: Session, path: str, file: str | None, detach: bool, quiet: bool, progress: str, **options: Any
 ) -> None:
-    """Build the directory PATH; - reads a Dockerfile or a tar.gz from standard input."""
+    """Build the directory PATH; - reads a Dockerfile, a tar or a tar.gz from standard input."""
     made = begin(session, path, file, _fields(**options))
     if detach:
         session.show(made, lambda: str(made["id"]))
@@ -104,6 +106,8 @@ def begin(session: Session, path: str, file: str | None, fields: dict[str, Any],
     with tempfile.TemporaryFile() as source:
         fields |= _write_source(path, file, source, inline)
         source.seek(0)
+        if "registry_auth" not in fields and (auths := _logins(path, fields)):
+            fields["registry_auth"] = {"auths": auths}
         boundary = f"hypeman-{secrets.token_hex(16)}"
         body = _form(fields, source, boundary)
         return session.client.upload("/builds", body, f"multipart/form-data; boundary={boundary}", {})
@@ -133,10 +137,17 @@ def _follow(session: Session, path: str, progress: str) -> None:
         progress = "tty" if sys.stderr.isatty() else "plain"
     display = _DISPLAYS[progress]()
     ended = False
+    held = ""
     try:
         for event in session.client.events(f"{path}/events", follow=True, progress=True):
+            if event["type"] not in ("status", "heartbeat") and held:
+                display.line(held)
+                held = ""
             if event["type"] == "log":
-                display.line(event.get("content", ""))
+                if (text := event.get("content", "")).startswith("ERROR: "):
+                    held = text  # the last one is the build's, with which the command ends
+                else:
+                    display.line(text)
             elif event["type"] == "progress":
                 display.progress(event["progress"])
             elif event["type"] == "status":
@@ -255,6 +266,7 @@ def _megabytes(text: str | None) -> int | None:
 
 def _write_source(path: str, file: str | None, source: IO[bytes], inline: str | None) -> dict[str, str]:
     """Write the context to ``source``; returns the fields that say where the Dockerfile is."""
+    import gzip
     import tempfile
 
     from hypeman.cli.context import place_in, write_context
@@ -263,10 +275,15 @@ def _write_source(path: str, file: str | None, source: IO[bytes], inline: str | 
         if file == "-":
             raise click.UsageError("standard input cannot be both the context and the Dockerfile")
         data = sys.stdin.buffer
-        begin = data.read(2)
-        if begin == _GZIP:
+        begin = data.read(_TAR_MAGIC.stop)
+        if begin.startswith(_GZIP):
             source.write(begin)
             shutil.copyfileobj(data, source, _CHUNK)
+            return {"dockerfile_path": file} if file else {}
+        if begin[_TAR_MAGIC] == b"ustar":
+            with gzip.GzipFile(fileobj=source, mode="wb", compresslevel=1) as packed:
+                packed.write(begin)
+                shutil.copyfileobj(data, packed, _CHUNK)
             return {"dockerfile_path": file} if file else {}
         with tempfile.TemporaryDirectory() as empty:
             write_context(Path(empty), source, dockerfile=None)
@@ -283,6 +300,31 @@ def _write_source(path: str, file: str | None, source: IO[bytes], inline: str | 
     place = place_in(directory, dockerfile)
     write_context(directory, source, dockerfile=place)
     return {"dockerfile": dockerfile.read_text()} if place is None else {"dockerfile_path": place}
+
+
+def _logins(path: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Kept logins of the registries that the build asks: for base images and caches, as Docker's ``auths``."""
+    from hypeman.builds.dockerfile import find_images, find_syntax
+    from hypeman.cli.logins import login_key, registry_of, sent_login
+
+    text = fields.get("dockerfile") or ""
+    if not text and path != "-":
+        text = (Path(path) / fields["dockerfile_path"]).read_text(errors="replace")
+    names = [*map(str, find_images(text, fields.get("build_args") or {})), *find_syntax(text)]
+    for cache in (*fields.get("cache_from", ()), *fields.get("cache_to", ())):
+        names += [part.removeprefix("ref=") for part in cache.split(",") if part.startswith("ref=")]
+    found = dict[str, Any]()
+    asked = set[str]()
+    for name in names:
+        try:
+            registry = registry_of(name)
+        except InvalidRequest:
+            continue  # BuildKit says what is wrong with it
+        if registry not in asked and (login := sent_login(name)):
+            auth = base64.b64encode(f"{login['username']}:{login['password']}".encode()).decode()
+            found[login_key(registry)] = {"auth": auth}
+        asked.add(registry)
+    return found
 
 
 def _form(fields: Mapping[str, Any], source: IO[bytes], boundary: str) -> Iterator[bytes]:
@@ -361,7 +403,6 @@ class _Terminal(_Plain):
         self._height = 0
         self._done: set[str] = set()
         self._last: dict[str, str] = {}
-        self._failed: list[str] = []
         self._state = "queued"
 
     def line(self, text: str) -> None:
@@ -373,7 +414,7 @@ class _Terminal(_Plain):
         status = _parsed(update)
         if status is None:
             return
-        lines = self._text.feed(status)
+        self._text.feed(status)
         for output in status.logs:
             if text := output.data.decode(errors="replace").strip():
                 self._last[output.vertex] = text.splitlines()[-1]
@@ -382,12 +423,12 @@ class _Terminal(_Plain):
             for digest, step in self._text.steps.items()
             if step.completed is not None and digest not in self._done
         ]
-        self._failed += [line for line in lines if " ERROR: " in line]
         if ended or time.monotonic() - self._drawn > _REDRAW_SECONDS:
             self._clear()
             for digest, step in ended:
                 self._done.add(digest)
                 sys.stderr.write(self._row(step) + "\n")
+                self._write(self._text.failure(step))
             self._draw()
 
     def status(self, status: str) -> None:
@@ -398,7 +439,6 @@ class _Terminal(_Plain):
 
     def close(self) -> None:
         self._clear()
-        sys.stderr.write("".join(one_line(line) + "\n" for line in self._failed))
         total = len(self._text.steps)
         sys.stderr.write(f"[+] {self._state} after {time.monotonic() - self._began:.1f}s, {total} steps\n")
         sys.stderr.flush()

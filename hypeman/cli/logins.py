@@ -50,7 +50,7 @@ def login_for(reference: str) -> dict[str, str] | None:
     registry = registry_of(reference)
     config = _read()
     if helper := _helper(config, registry):
-        found = _ask(helper, "get", _key(registry).encode())
+        found = _ask(helper, "get", login_key(registry).encode())
         if found is None or found.get("Username") in (None, "", _TOKEN_USER):
             return None
         return {"username": str(found["Username"]), "password": str(found.get("Secret", ""))}
@@ -92,7 +92,7 @@ def login(
     insecure: bool,
     no_check: bool,
 ) -> None:
-    """Keep a login at a registry (default: Docker Hub) for pull, run and push, where Docker keeps its own."""
+    """Keep a login at a registry (default: Docker Hub) for pull, run, push and build, where Docker keeps its own."""
     if password_stdin and password:
         raise click.UsageError("give either --password or --password-stdin")
     if password_stdin and not username:
@@ -171,7 +171,8 @@ def _entries(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield key, entry
 
 
-def _key(registry: str) -> str:
+def login_key(registry: str) -> str:
+    """Under which Docker keeps the login of a registry. Pure."""
     return _HUB_KEY if registry == DEFAULT_REGISTRY else registry
 
 
@@ -179,11 +180,11 @@ def _store(registry: str, username: str, password: str) -> str:
     """Keep a login; returns where."""
     config = _read()
     if helper := _helper(config, registry):
-        login = {"ServerURL": _key(registry), "Username": username, "Secret": password}
+        login = {"ServerURL": login_key(registry), "Username": username, "Secret": password}
         _ask(helper, "store", msgspec.json.encode(login))
         return f"docker-credential-{helper}"
     kept = {key: entry for key, entry in _entries(config) if registry_of_key(key) != registry}
-    kept[_key(registry)] = {"auth": base64.b64encode(f"{username}:{password}".encode()).decode()}
+    kept[login_key(registry)] = {"auth": base64.b64encode(f"{username}:{password}".encode()).decode()}
     _write({**config, "auths": kept})
     return str(_path())
 
@@ -192,7 +193,7 @@ def _erase(registry: str) -> bool:
     """Forget a login; returns whether there was one."""
     config = _read()
     if helper := _helper(config, registry):
-        return _ask(helper, "erase", _key(registry).encode()) is not None
+        return _ask(helper, "erase", login_key(registry).encode()) is not None
     entries = dict(_entries(config))
     kept = {key: entry for key, entry in entries.items() if registry_of_key(key) != registry}
     if len(kept) < len(entries):
@@ -205,7 +206,7 @@ def _erase(registry: str) -> bool:
 
 def _helper(config: dict[str, Any], registry: str) -> str:
     helpers = config.get("credHelpers")
-    named = helpers.get(_key(registry)) or helpers.get(registry) if isinstance(helpers, dict) else None
+    named = helpers.get(login_key(registry)) or helpers.get(registry) if isinstance(helpers, dict) else None
     name = named or config.get("credsStore") or ""
     if not isinstance(name, str) or "/" in name:
         raise LoginError(f"{_path()}: {name!r} is not the name of a credential helper")

@@ -104,11 +104,34 @@ def test_progress_as_lines() -> None:
         status = parse_status(line)
         assert status is not None
         lines += text.feed(status)
-    assert lines == ["#1 one", "#1 CACHED", "#2 two", "#2 ab", "#2 ERROR: exit code: 1", "WARNING: old"]
+    failed = ["#2 ERROR: exit code: 1", "------", " > two:", "ab", "------"]
+    assert lines == ["#1 one", "#1 CACHED", "#2 two", "#2 ab", *failed, "WARNING: old"]
     splitter = LineSplitter(limit=10)
     pieces = [b"one\ntw", b"o\n" + b"x" * 30, b"x\nthree\n", b"rest"]
     assert [line for piece in pieces for line in splitter.feed(piece)] == [b"one", b"two", b"three"]
     assert splitter.flush() == b"rest"
+
+
+def test_a_step_that_fails_shows_what_it_printed_last() -> None:
+    """In the same words as docker build; not one that another's failure has ended."""
+    text = PlainText()
+    for name in "ab":
+        text.feed(SolveStatus(vertexes=(Vertex(digest=name, name=f"RUN {name}", started=NOW),)))
+    for number in range(30):
+        logs = tuple(VertexLog(vertex=name, data=f"{name} {number}\n".encode(), timestamp=NOW) for name in "ab")
+        text.feed(SolveStatus(logs=logs))
+    ended = [
+        Vertex(digest="a", name="RUN a", started=NOW, completed=NOW, error="exit code: 1"),
+        Vertex(digest="b", name="RUN b", started=NOW, completed=NOW, error="process ended: context canceled"),
+    ]
+    lines = text.feed(SolveStatus(vertexes=tuple(ended)))
+    last = [f"0.000 a {number}" for number in range(10, 30)]
+    assert lines == [
+        "#1 ERROR: exit code: 1", "------", " > RUN a:", *last, "------", "#2 ERROR: process ended: context canceled",
+    ]  # fmt: skip
+    long = SolveStatus(logs=tuple(VertexLog(vertex="b", data=b"x" * 60_000 + b"\n") for _ in range(1000)))
+    text.feed(long)
+    assert sum(len(line) for _, line in text._latest) <= 400_000
 
 
 def test_an_update_of_very_many_lines_or_transfers_is_cut() -> None:

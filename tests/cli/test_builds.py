@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
@@ -98,8 +99,41 @@ def test_dockerfiles_from_elsewhere(server: Running, cli: Any, project: Path, tm
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         tar.add(project / "app.py", "whole.py")
-    cli("build", "-", input=gzip.compress(archive.getvalue()))
-    assert context_of(server) == {"whole.py": b"print()"}
+    for data in (gzip.compress(archive.getvalue()), archive.getvalue()):
+        server.world.builds.fields.clear()
+        cli("build", "-", input=data)
+        assert context_of(server) == {"whole.py": b"print()"} and "dockerfile" not in server.world.builds.fields
+
+
+def test_logins_of_the_registries_that_a_build_asks_are_sent(
+    server: Running, cli: Any, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docker build does; those of other registries stay here."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    hub = "https://index.docker.io/v1/"
+    names = [hub, "quay.io", "ghcr.io", "caches.example.com", "front.example.com", "other.example.com"]
+    kept = {name: {"auth": base64.b64encode(f"me:{name}".encode()).decode()} for name in names}
+    (tmp_path / "config.json").write_text(json.dumps({"auths": kept}))
+
+    def sent(*arguments: str) -> set[str]:
+        cli("build", *arguments, str(project))
+        auths = json.loads(server.world.builds.fields.get("registry_auth", b'{"auths": {}}'))["auths"]
+        assert all(kept[name] == entry for name, entry in auths.items())
+        return set(auths)
+
+    assert sent() == set(), "FROM scratch"
+    text = (
+        "# syntax=front.example.com/docker/frontend:1\nARG FROM=ghcr.io\nFROM $FROM/a/b\nCOPY --from=quay.io/a/b / /\n"
+    )
+    (project / "Dockerfile").write_text(text)
+    assert sent() == {"front.example.com", "ghcr.io", "quay.io"}
+    assert sent("--build-arg", "FROM=caches.example.com") == {"front.example.com", "caches.example.com", "quay.io"}
+    (project / "Dockerfile").write_text("FROM alpine\n")
+    assert sent("--cache-from", "caches.example.com/a", "--cache-to", "type=registry,mode=max,ref=ghcr.io/a") == {
+        hub, "caches.example.com", "ghcr.io",
+    }  # fmt: skip
+    (tmp_path / "own.json").write_text('{"auths": {}}')
+    assert sent("--registry-auth", str(tmp_path / "own.json")) == set()
 
 
 @pytest.mark.parametrize(
