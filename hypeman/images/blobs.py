@@ -7,6 +7,9 @@
 A blob gets its final name only after its digest was checked and its bytes were flushed. Blobs are
 checked again while they are unpacked (diff_id), so a corrupt file costs at most another pull.
 All methods block; call them in a thread.
+
+Eviction: ``begin_trim``, then what is in use is found, then ``trim``. Who publishes or finds a blob that is to be
+recorded as being in use claims it until it is: what is claimed after ``begin_trim``, or was then, is not removed.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterable
+import threading
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
@@ -28,6 +33,10 @@ class Blobs:
     def __init__(self, root: Path) -> None:
         self._whole = root / "sha256"
         self._partial = root / "partial"
+        self._lock = threading.Lock()
+        self._claims: Counter[str] = Counter()
+        self._claimed: set[str] = set()
+        """All that were claimed since the last ``begin_trim``."""
 
     def prepare(self) -> None:
         """Create the directories and remove incomplete imports of an earlier run."""
@@ -113,6 +122,24 @@ class Blobs:
                 if f"sha256:{found}" != digest:
                     self.remove(digest)
 
+    @contextlib.contextmanager
+    def claim(self, *digests: str) -> Iterator[None]:
+        """Within the block these blobs are not evicted; afterwards those are not that are recorded as being in use."""
+        with self._lock:
+            self._claims.update(digests)
+            self._claimed.update(digests)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._claims.subtract(digests)
+                self._claims += Counter()  # without those that have none left
+
+    def begin_trim(self) -> None:
+        """Before it is found what is in use."""
+        with self._lock:
+            self._claimed = set(self._claims)
+
     def trim(self, limit: int, keep: Collection[str]) -> int:
         """Remove the least recently used blobs until ``limit`` bytes are left, except the digests in
         ``keep``. Returns the bytes removed."""
@@ -122,9 +149,13 @@ class Blobs:
         for digest, status in blobs:
             if removed >= excess:
                 break
-            if digest not in keep:
+            if digest in keep:
+                continue
+            with self._lock:
+                if digest in self._claimed:
+                    continue
                 self.remove(digest)
-                removed += status.st_size
+            removed += status.st_size
         return removed
 
     def size(self) -> int:

@@ -179,6 +179,7 @@ class Images:
             gone = await trio.to_thread.run_sync(self._disks.collect, keep)
         for digest in gone:
             log.info("removed the disk of image %s, which nothing uses", digest)
+        self._blobs.begin_trim()
         in_use = self._store.read(self._kept).union(*(self._maker.in_use(job) for job in self._jobs.values()))
         await trio.to_thread.run_sync(self._blobs.trim, self._cache_size, in_use)
         if not self._jobs:  # a job's layers are known only once it runs

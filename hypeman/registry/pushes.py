@@ -228,6 +228,11 @@ class Pushes:
         data = await self._images.packaged(name)
         manifest = parse_manifest(data)
         assert isinstance(manifest, Manifest)
+        with self._blobs.claim(*(part.digest for part in (manifest.config, *manifest.layers))):
+            await self._images.packaged(name)  # what was evicted meanwhile is fetched, and stays
+            await self._send(row, login, running, data, manifest)
+
+    async def _send(self, row: PushRow, login: Login, running: _Running, data: bytes, manifest: Manifest) -> None:
         size = sum(layer.size for layer in manifest.layers)
         await self._change(row.push.id, status=PushStatus.PUSHING, layers=len(manifest.layers), bytes=size)
         upload = _Upload(self._client, self._blobs, parse_reference(row.push.target), login, row.insecure, running)
@@ -338,7 +343,7 @@ class _Upload:
     async def _bytes_of(self, part: Descriptor) -> AsyncIterator[bytes]:
         fd = await trio.to_thread.run_sync(self._blobs.open, part.digest, part.size)
         if fd is None:
-            raise RegistryError(f"blob {part.digest} has left the cache; it is fetched again with the next attempt")
+            raise RegistryError(f"blob {part.digest} is no longer here")
         self._running.sent = 0
         async with aclosing(read_pieces(fd, 0, part.size)) as pieces:
             async for piece in pieces:

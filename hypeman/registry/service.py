@@ -17,6 +17,7 @@ import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from hypeman.images.manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
     MAX_MANIFEST_BYTES,
+    Descriptor,
     Index,
     Manifest,
     ManifestError,
@@ -229,13 +231,15 @@ class Registry:
         check_digest(digest)
 
         def write(txn: Txn) -> bool:
+            """The file is looked for while it is claimed: it may just be evicted."""
             found = txn.get(BLOBS, f"{source}@{digest}") if source else _anywhere(txn, digest)
             if found is None or not self._blobs.path(digest).exists():
                 return False
             txn.put(BLOBS, f"{repository}@{digest}", BlobRow(found.size, self._now()))
             return True
 
-        return await self._store.write(write)
+        with self._blobs.claim(digest):
+            return await self._store.write(write)
 
     # Uploads
 
@@ -332,11 +336,12 @@ class Registry:
             if f"sha256:{upload.hash.hexdigest()}" != digest:
                 await self._drop(name)
                 raise RegistryFailure(Code.DIGEST_INVALID, f"the bytes received do not have the digest {digest}")
-            await trio.to_thread.run_sync(self._blobs.publish, upload.fd, upload.path, digest)
-            self._uploads.pop(name, None)
-            upload.end()
-            row = BlobRow(upload.size, self._now())
-            await self._store.write(lambda txn: self._keep(txn, repository, digest, row))
+            with self._blobs.claim(digest):
+                await trio.to_thread.run_sync(self._blobs.publish, upload.fd, upload.path, digest)
+                self._uploads.pop(name, None)
+                upload.end()
+                row = BlobRow(upload.size, self._now())
+                await self._store.write(lambda txn: self._keep(txn, repository, digest, row))
 
     def _keep(self, txn: Txn, repository: str, digest: str, row: BlobRow) -> None:
         """Raises RegistryFailure DENIED. The file of a blob that is refused leaves with the cache's eviction."""
@@ -399,40 +404,53 @@ class Registry:
     async def _borrow(self, repository: str, reference: str) -> tuple[str, ManifestRow] | None:
         """Make an image of that name readable, which was not pushed here. Its tag is not recorded: it may move."""
         separator = "@" if is_digest(reference) else ":"
+        name = f"{repository}{separator}{reference}"
+        data = await self._packaged(name)
+        while data is not None:
+            manifest = parse_manifest(data)
+            assert isinstance(manifest, Manifest)
+            digest, now = digest_of(data), self._now()
+            row = _manifest_row(data, manifest.media_type or MANIFEST_TYPES[0], msgspec.json.decode(data), now)
+            parts = (manifest.config, *manifest.layers)
+            with self._blobs.claim(digest, *(part.digest for part in parts)):
+                before, data = data, await self._packaged(name)  # what was evicted meanwhile is fetched, and stays
+                if data == before:
+                    await self._store.write(partial(_note_borrowed, repository, digest, row, parts))
+                    return digest, row
+        return None
+
+    async def _packaged(self, name: str) -> bytes | None:
+        """The manifest of an image, whose blobs are in the cache; None if there is none. Raises RegistryFailure."""
         try:
-            data = await self._images.packaged(f"{repository}{separator}{reference}")
+            return await self._images.packaged(name)
         except NotFound:
             return None
         except HypemanError as error:
             raise RegistryFailure(Code.UNAVAILABLE, error.message) from None
-        manifest = parse_manifest(data)
-        assert isinstance(manifest, Manifest)
-        digest, now = digest_of(data), self._now()
-        row = _manifest_row(data, manifest.media_type or MANIFEST_TYPES[0], msgspec.json.decode(data), now)
-
-        def write(txn: Txn) -> None:
-            txn.put(MANIFESTS, f"{repository}@{digest}", row)
-            for blob in (manifest.config, *manifest.layers):
-                txn.put(BLOBS, f"{repository}@{blob.digest}", BlobRow(blob.size, now))
-
-        await self._store.write(write)
-        return digest, row
 
     async def put_manifest(self, repository: str, reference: str, data: bytes, media_type: str) -> tuple[str, str]:
         """Store a manifest; under a tag it becomes an image. Returns its digest and that of its subject (or "").
 
         Raises RegistryFailure: MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_BLOB_UNKNOWN, SIZE_INVALID.
         """
-        by_digest = is_digest(reference)
         digest = digest_of(data)
-        if by_digest and digest != reference:
+        if is_digest(reference) and digest != reference:
             raise RegistryFailure(Code.DIGEST_INVALID, f"the manifest has the digest {digest}, not {reference}")
         document = _decoded(data)
         declared = document.get("mediaType") or media_type
         if media_type and declared != media_type:
             raise RegistryFailure(Code.MANIFEST_INVALID, f"mediaType is {declared}, Content-Type is {media_type}")
         row = _manifest_row(data, declared or MANIFEST_TYPES[0], document, self._now())
-        await trio.to_thread.run_sync(self._blobs.add, data, digest)
+        with self._blobs.claim(digest):
+            await trio.to_thread.run_sync(self._blobs.add, data, digest)
+            await self._put_manifest(repository, reference, data, document, digest, row)
+        return digest, row.subject
+
+    async def _put_manifest(
+        self, repository: str, reference: str, data: bytes, document: dict[str, Any], digest: str, row: ManifestRow
+    ) -> None:
+        """Record a manifest whose bytes are here."""
+        by_digest = is_digest(reference)
 
         def write(txn: Txn) -> None:
             for blob in row.blobs:
@@ -447,14 +465,13 @@ class Registry:
 
         if by_digest:
             await self._store.write(write)
-            return digest, row.subject
+            return
         async with self._tagging:
             await self._store.write(write)
             try:
                 await self._adopt(repository, reference, data, row.media_type, digest)
             except Conflict as error:  # it is being made for others
                 log.info("%s:%s was pushed, and becomes an image later: %s", repository, reference, error)
-        return digest, row.subject
 
     async def _adopt(self, repository: str, tag: str, data: bytes, media_type: str, digest: str) -> None:
         """Make an image of what was tagged, if it is one for this host. Other artifacts are only stored. A client that
@@ -541,6 +558,12 @@ class Registry:
 
 def _unknown_upload() -> RegistryFailure:
     return RegistryFailure(Code.BLOB_UPLOAD_UNKNOWN, "there is no such upload; begin again")
+
+
+def _note_borrowed(repository: str, digest: str, row: ManifestRow, parts: Sequence[Descriptor], txn: Txn) -> None:
+    txn.put(MANIFESTS, f"{repository}@{digest}", row)
+    for part in parts:
+        txn.put(BLOBS, f"{repository}@{part.digest}", BlobRow(part.size, row.created_at))
 
 
 def _adopted(txn: Txn, key: str, image: str) -> None:

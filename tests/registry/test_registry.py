@@ -499,6 +499,37 @@ async def test_what_nothing_refers_to_is_collected_later(served: Served) -> None
         assert (await client.get(f"/v2/a/blobs/{digest(b'alone')}")).status_code == 404
 
 
+async def test_what_is_just_received_is_not_evicted(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection between the bytes of a blob or manifest and its record, and one that had begun before both. In a
+    registry that is larger than the cache, each collection removes everything that nothing seems to need."""
+    blobs, publish, trim = served.images.blobs, served.images.blobs.publish, served.images.blobs.trim
+    served.images._cache_size = 0
+
+    def publish_and_collect(fd: int, partial: Path, name: str) -> None:
+        publish(fd, partial, name)
+        trio.from_thread.run(served.images.collect)
+
+    async with served.client() as client:
+        with monkeypatch.context() as racing:
+            racing.setattr(blobs, "publish", publish_and_collect)
+            await push_image(client, "a", "v1")
+
+        def trim_late(limit: int, keep: Any) -> int:
+            racing.undo()
+            trio.from_thread.run(push_image, client, "b", "v1", other)
+            return trim(limit, keep)
+
+        other = ImageFiles([tar(entry("other", data=b"x"))])
+        racing.setattr(blobs, "trim", trim_late)
+        await served.images.collect()
+        await served.images.collect()
+        for repository, image in (("a", IMAGE), ("b", other)):
+            assert (await client.get(f"/v2/{repository}/manifests/v1")).content == image.manifest
+            for name, data in image.blobs.items():
+                assert (await client.get(f"/v2/{repository}/blobs/{name}")).content == data
+    assert not blobs._claims
+
+
 async def test_logging_in(served: Served) -> None:
     async with httpx.AsyncClient(base_url=f"http://{served.host}") as client:
         refused = await client.get("/v2/")
