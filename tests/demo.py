@@ -114,7 +114,7 @@ def use_it() -> None:
 def hypeman(*arguments: str, expect: int = 0, quiet: bool = False, environment: dict[str, str] | None = None) -> str:
     if not quiet:
         print(f"$ hypeman {' '.join(arguments)}", flush=True)
-    done = subprocess.run(
+    result = subprocess.run(
         [*PYTHON, *arguments],
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -123,10 +123,12 @@ def hypeman(*arguments: str, expect: int = 0, quiet: bool = False, environment: 
         timeout=PATIENCE,
     )
     if not quiet:
-        print(done.stdout, end="", flush=True)
-    if done.returncode != expect:
-        raise RuntimeError(f"hypeman {' '.join(arguments)} ended with {done.returncode}, not {expect}: {done.stderr}")
-    return done.stdout
+        print(result.stdout, end="", flush=True)
+    if result.returncode != expect:
+        raise RuntimeError(
+            f"hypeman {' '.join(arguments)} ended with {result.returncode}, not {expect}: {result.stderr}"
+        )
+    return result.stdout
 
 
 def get(*arguments: str) -> str:

@@ -122,15 +122,15 @@ async def test_what_rests_is_there_again_and_what_ran_is_not(lab: Lab, file: Pat
         kept = await lab.snapshots(instances).create(running, CreateSnapshotRequest(kind=SnapshotKind.STANDBY))
         await instances.attach_volume(running, "busy", AttachVolumeRequest(mount_path="/data"))
 
-        done = await command("create", file, lab.paths)
-        assert done.returncode == 0, done.stderr.decode()
-        assert b"running" in done.stderr
+        result = await command("create", file, lab.paths)
+        assert result.returncode == 0, result.stderr.decode()
+        assert b"running" in result.stderr
         assert file.stat().st_mode & 0o777 == 0o600
         assert file.stat().st_size < MEGABYTE, "holes are not packed"
 
-    done = await command("restore", file, elsewhere)
-    assert done.returncode == 0, done.stderr.decode()
-    about = json.loads(done.stdout)
+    result = await command("restore", file, elsewhere)
+    assert result.returncode == 0, result.stderr.decode()
+    about = json.loads(result.stdout)
     assert set(about["instances"]) == {"stopped", "waiting"}
     assert about["left_out"] == ["running"] and about["volumes_left_out"] == ["busy"]
     found = {kind: len(list((elsewhere.data_dir / kind).iterdir())) for kind in ("images", "snapshots")}

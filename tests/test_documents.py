@@ -137,7 +137,7 @@ def test_options_exist(path: Path) -> None:
 
 
 def options_of(command: click.Command) -> set[str]:
-    return {"--help", *(option for each in command.params for option in (*each.opts, *each.secondary_opts))}
+    return {"--help", *(option for param in command.params for option in (*param.opts, *param.secondary_opts))}
 
 
 def test_every_target_is_described() -> None:

@@ -258,9 +258,9 @@ for name in names:
     assert os.waitpid(child, 0)[1] == 0, name
 """
     command = [sys.executable, "-c", program, " ".join(IMPURE_LIBRARIES), *pure_modules(), "hypeman.app"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    *pure, control = done.stdout.splitlines()
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    *pure, control = result.stdout.splitlines()
     assert [line.strip() for line in pure] == pure_modules()
     assert "trio" in control and "lmdb" in control, "the test does not see what is loaded"
 
@@ -289,8 +289,8 @@ def test_every_module_can_be_imported() -> None:
     """In a fresh interpreter; types that msgspec refuses show only when a decoder is made."""
     names = [name for path in modules() if (name := name_of(path)) != "hypeman.__main__"]
     program = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)"
-    done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
 
 
 def test_no_private_name_is_imported() -> None:

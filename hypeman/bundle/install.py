@@ -142,13 +142,13 @@ class Systemd:
 def run(argv: Sequence[str], *, timeout: float = _TOOL_LIMIT) -> bytes:
     """The output of a helper program, which runs in a clean environment. Raises HypemanError with what it said."""
     try:
-        done = subprocess.run(argv, env=_ENVIRONMENT, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL)
+        result = subprocess.run(argv, env=_ENVIRONMENT, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise HypemanError(f"{argv[0]}: {error}") from None
-    if done.returncode:
-        said = (done.stderr or done.stdout).decode(errors="replace").strip()
-        raise HypemanError(f"{argv[0]}: {one_line(said[-500:]) or f'exit code {done.returncode}'}")
-    return done.stdout
+    if result.returncode:
+        output = (result.stderr or result.stdout).decode(errors="replace").strip()
+        raise HypemanError(f"{argv[0]}: {one_line(output[-500:]) or f'exit code {result.returncode}'}")
+    return result.stdout
 
 
 class Site:
@@ -230,7 +230,7 @@ class Site:
         files = verified.manifest.files
         [appliance] = verified.manifest.of(Kind.APPLIANCE)
         # the files, and unpacked, which is three times as large, the new version and a copy of the old one
-        wanted = sum(each.size for each in files) + 8 * appliance.size
+        wanted = sum(file.size for file in files) + 8 * appliance.size
         free = shutil.disk_usage(self.state).free
         if free < wanted:
             have = f"{self.state} has {free >> 20} MB free, the bundle needs {wanted >> 20} MB"
@@ -258,7 +258,7 @@ class Site:
     def _packages(self, staged: Path, packages: Sequence[File], say: Callable[[str], None]) -> None:
         if packages:
             say(f"installing {len(packages)} Debian packages")
-            run(["dpkg", "--install", *(str(staged / each.name) for each in packages)])
+            run(["dpkg", "--install", *(str(staged / package.name) for package in packages)])
 
     def _switch(self, staged: Path, verified: Verified, say: Callable[[str], None]) -> None:
         manifest = verified.manifest

@@ -142,7 +142,7 @@ def verify_bundle(session: Session, file: Path, keys: tuple[Path, ...]) -> None:
 
     found = _run(act)
     lines = [f"{found['name']} {found['version']} {found['architecture']}, signed with key {found['key']}"]
-    lines += [f"  {each['name']} {each['size']} {each.get('reference', '')}".rstrip() for each in found["files"]]
+    lines += [f"  {file['name']} {file['size']} {file.get('reference', '')}".rstrip() for file in found["files"]]
     session.show(found, lambda: "\n".join(lines))
 
 

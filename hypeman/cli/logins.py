@@ -219,18 +219,18 @@ def _ask(helper: str, verb: str, data: bytes) -> dict[str, Any] | None:
 
     program = f"docker-credential-{helper}"
     try:
-        done = subprocess.run([program, verb], input=data, capture_output=True, timeout=_SECONDS, check=False)
+        result = subprocess.run([program, verb], input=data, capture_output=True, timeout=_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LoginError(f"{program}: {getattr(error, 'strerror', None) or 'no answer'}") from None
-    text = (done.stdout or done.stderr).decode(errors="replace").strip()
-    if done.returncode:
+    text = (result.stdout or result.stderr).decode(errors="replace").strip()
+    if result.returncode:
         if "not found" in text:
             return None
-        raise LoginError(f"{program} {verb}: {one_line(text) or f'exit code {done.returncode}'}")
+        raise LoginError(f"{program} {verb}: {one_line(text) or f'exit code {result.returncode}'}")
     if verb != "get":
         return {}
     try:
-        return msgspec.json.decode(done.stdout, type=dict[str, Any])
+        return msgspec.json.decode(result.stdout, type=dict[str, Any])
     except msgspec.DecodeError:
         raise LoginError(f"{program} {verb}: no JSON") from None
 

@@ -54,7 +54,7 @@ class Link:
     def send(self, message: protocol.Report, payload: bytes = b"", descriptors: list[int] | None = None) -> None:
         """Queue a message; ``flush`` sends it."""
         head = protocol.encode(message, payload=len(payload), descriptors=len(descriptors or []))
-        copies = [os.dup(each) for each in descriptors or []]  # they may be closed before they are sent
+        copies = [os.dup(descriptor) for descriptor in descriptors or []]  # they may be closed before they are sent
         for data, passed in ((head, copies), (payload, [])):
             if data:
                 self._out.append((memoryview(data), passed))
@@ -337,8 +337,8 @@ class Worker:
         self._set_ports.add(port)
         if port not in self._ports and descriptors and not self._draining:
             self._ports[port] = [*descriptors]
-            for each in descriptors:
-                self._engine.listen(os.dup(each), port)
+            for descriptor in descriptors:
+                self._engine.listen(os.dup(descriptor), port)
             descriptors.clear()
 
     def _unlisten(self, port: int) -> None:
@@ -450,7 +450,7 @@ def _make(
         finder.listen(8)  # here and not by the server, so that who connects sees this process's id
     settings = start.settings
     engine = Engine(
-        [os.dup(each) for each in descriptors],
+        [os.dup(descriptor) for descriptor in descriptors],
         certificate,
         key,
         trusted,
@@ -483,9 +483,9 @@ def _parts(payload: bytearray, sizes: Sequence[int]) -> list[memoryview]:
 
 
 def _close(descriptors: list[int]) -> None:
-    for each in descriptors:
+    for descriptor in descriptors:
         try:
-            os.close(each)
+            os.close(descriptor)
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise

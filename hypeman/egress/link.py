@@ -103,9 +103,9 @@ class EngineLink:
             await self.kill()
             late = f"it did not say hello within {patience:.0f} s"
             raise EngineLost(late if isinstance(error, trio.TooSlowError) else str(error)) from None
-        self.listeners = [socket.socket(fileno=each) for each in descriptors]
-        for each in self.listeners:
-            each.setblocking(False)  # it is the engine's as well; dup() would make it blocking again
+        self.listeners = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+        for listener in self.listeners:
+            listener.setblocking(False)  # it is the engine's as well; dup() would make it blocking again
         if not isinstance(report, protocol.Hello):
             await self.kill()
             message = report.message if isinstance(report, protocol.Failed) else "it says something else than hello"
@@ -124,7 +124,7 @@ class EngineLink:
             while True:
                 report, payload, descriptors = await self._receive()
                 if isinstance(report, protocol.Held) and report.id in self._replies:
-                    self._sockets_held[report.id] = [socket.socket(fileno=each) for each in descriptors]
+                    self._sockets_held[report.id] = [socket.socket(fileno=descriptor) for descriptor in descriptors]
                 else:
                     wire.close_all(descriptors)
                 match report:
@@ -454,7 +454,7 @@ async def start_engine(
         try:
             if group:
                 await trio.to_thread.run_sync(Path(group, "cgroup.procs").write_text, str(process.pid))
-            passed = [*([finder.fileno()] if finder else []), *(each.fileno() for each in listeners)]
+            passed = [*([finder.fileno()] if finder else []), *(listener.fileno() for listener in listeners)]
             await link.start(message, payload, passed)
             await link.greet(START_PATIENCE)
         except EngineLost as error:

@@ -362,8 +362,10 @@ class Egress:
         """Sockets that listen where they should: those of a running engine, those kept for us, or new ones."""
         settings = self.settings
         loops = settings.loops or min(4, os.cpu_count() or 1)
-        theirs = {os.fstat(each.fileno()).st_ino: each for engine in self._engines for each in engine.listeners}
-        running = _inherit_listeners([each.dup() for each in theirs.values()], settings.address, self.port)
+        theirs = {
+            os.fstat(listener.fileno()).st_ino: listener for engine in self._engines for listener in engine.listeners
+        }
+        running = _inherit_listeners([listener.dup() for listener in theirs.values()], settings.address, self.port)
         sockets = _inherit_listeners(self._inherited, settings.address, self.port)
         if running:  # the same sockets as those kept for us
             for each in sockets:
@@ -412,7 +414,7 @@ class Egress:
             raise EngineFailed(f"the egress proxy cannot read its trusted certificates: {error}") from error
 
     def _identity(self, texts: Sequence[bytes]) -> str:
-        sockets = sorted(os.fstat(each.fileno()).st_ino for each in self._listeners)
+        sockets = sorted(os.fstat(listener.fileno()).st_ino for listener in self._listeners)
         digest = hashlib.sha256(msgspec.json.encode((_program(), self._engine_settings(), sockets)))
         for text in texts:
             digest.update(hashlib.sha256(text).digest())
@@ -547,8 +549,8 @@ class Egress:
             engine.close()
         self._engines.clear()
         self._engine = None
-        for each in self._listeners:
-            each.close()
+        for listener in self._listeners:
+            listener.close()
         self._listeners = []
 
     async def _end(self, engine: EngineLink, grace: float) -> None:

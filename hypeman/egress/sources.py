@@ -107,14 +107,14 @@ class Source:
     async def _run(self) -> Value:
         argv = self._config.exec
         try:
-            said = await self._processes.run(argv, timeout=self._config.timeout, max_output=MAX_SIZE)
+            output = await self._processes.run(argv, timeout=self._config.timeout, max_output=MAX_SIZE)
         except ToolFailed as error:
             how = (
                 f"ended with {error.returncode}" if error.returncode is not None else "failed or did not finish in time"
             )
             raise Unavailable(f"source {self.name}: {argv[0]} {how}") from None
         try:
-            return read_output(said)
+            return read_output(output)
         except ValueError as error:
             raise Unavailable(f"source {self.name}: the output of {argv[0]} cannot be used: {error}") from None
 

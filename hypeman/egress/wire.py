@@ -59,5 +59,5 @@ def check_descriptors(frame: Frame, descriptors: Sequence[int]) -> None:
 
 
 def close_all(descriptors: Sequence[int]) -> None:
-    for each in descriptors:
-        os.close(each)
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -60,7 +60,7 @@ def is_allowed(address: str, *, private: bool) -> bool:
 def is_public_or_in(networks: Iterable[str], address: str) -> bool:
     """Whether the server may connect to this address: a public one, or one in ``networks``."""
     ip = _parse(address)
-    return is_allowed(address, private=False) or any(ip in ipaddress.ip_network(each) for each in networks)
+    return is_allowed(address, private=False) or any(ip in ipaddress.ip_network(network) for network in networks)
 
 
 def _parse(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

@@ -170,10 +170,10 @@ class Pci:
 
     async def _run(self, argv: list[str]) -> str:
         def run() -> str:
-            done = subprocess.run(argv, capture_output=True, timeout=_NVIDIA_SMI_SECONDS, check=False)
-            if done.returncode:
-                raise OSError(0, f"exit code {done.returncode}: {done.stderr.decode('utf-8', 'replace').strip()}")
-            return done.stdout.decode("utf-8", "replace")
+            result = subprocess.run(argv, capture_output=True, timeout=_NVIDIA_SMI_SECONDS, check=False)
+            if result.returncode:
+                raise OSError(0, f"exit code {result.returncode}: {result.stderr.decode('utf-8', 'replace').strip()}")
+            return result.stdout.decode("utf-8", "replace")
 
         try:
             return await self.sysfs.call(run, what=" ".join(argv))

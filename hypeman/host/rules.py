@@ -126,11 +126,13 @@ class Rules:
             self._forget_one_by_one(address)
 
     def _forget_selected(self, address: IPv4Address) -> None:
-        self._netlink.run([Message(_DELETE_FLOWS, 0, *each, (errno.ENOENT,)) for each in _selections(address)])
+        self._netlink.run(
+            [Message(_DELETE_FLOWS, 0, *selection, (errno.ENOENT,)) for selection in _selections(address)]
+        )
 
     def _forget_one_by_one(self, address: IPv4Address) -> None:
         """For kernels that filter only dumps, not deletions, such as Debian 12's 6.1."""
-        listed = [self._netlink.dump(Message(_GET_FLOWS, 0, *each)) for each in _selections(address)]
+        listed = [self._netlink.dump(Message(_GET_FLOWS, 0, *selection)) for selection in _selections(address)]
         self._netlink.run([_delete_message(packet) for packets in listed for packet in packets])
 
     def _forget_translated(self, address: IPv4Address, ports: frozenset[tuple[str, int]]) -> None:

@@ -94,7 +94,7 @@ class KvmProof:
             "-append", " ".join(_probe_words(HOST)),
         ]  # fmt: skip
         try:
-            said = await self._processes.run(argv, timeout=_PROOF_LIMIT * self._patience, quiet_limit=self._patience)
+            output = await self._processes.run(argv, timeout=_PROOF_LIMIT * self._patience, quiet_limit=self._patience)
         except ToolFailed as error:
             return f"an ordinary kernel does not run on {KVM_DEVICE}: {error.message.splitlines()[0][:300]}"
-        return "" if b"Linux version" in said else f"a kernel on {KVM_DEVICE} ended without a word"
+        return "" if b"Linux version" in output else f"a kernel on {KVM_DEVICE} ended without a word"

@@ -56,7 +56,7 @@ class _Each:
 
     async def refresh(self) -> None:
         with suppress(HypemanError):
-            used = {each.instance_id: each for each in (await self._instances.usage()).instances}
+            used = {instance.instance_id: instance for instance in (await self._instances.usage()).instances}
             running = [record for record in self._instances.board.records() if record.id in used]
             running.sort(key=lambda record: (record.created_at, record.id))
             self._shown = {(record.id, record.name): used[record.id] for record in running[: self._limit]}

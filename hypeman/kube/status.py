@@ -123,7 +123,7 @@ def was_started(status: PodStatus, instance: Instance) -> bool:
 
 
 def _has_run(pod: Pod) -> bool:
-    return any(each.container_id for each in pod.status.container_statuses)
+    return any(status.container_id for status in pod.status.container_statuses)
 
 
 def _state(seen: Seen, before: ContainerStatus | None) -> ContainerState:
@@ -230,7 +230,7 @@ def _conditions(seen: Seen, phase: str, container: ContainerStatus | None) -> tu
     ended = phase in ("Succeeded", "Failed")
     ready = container is not None and container.ready and not ended
     why = "PodCompleted" if phase == "Succeeded" else "PodFailed" if ended else "ContainersNotReady"
-    gates = [each for each in seen.readiness_gates if not _is_true(seen.pod, each)]
+    gates = [gate for gate in seen.readiness_gates if not _is_true(seen.pod, gate)]
     wanted: Mapping[str, tuple[bool, str, str]] = {
         "PodReadyToStartContainers": (_ip(seen.instance) != "" and not ended, "", ""),
         "Initialized": (True, "PodCompleted" if phase == "Succeeded" else "", ""),
@@ -244,7 +244,7 @@ def _conditions(seen: Seen, phase: str, container: ContainerStatus | None) -> tu
 
 def _condition(seen: Seen, name: str, true: bool, reason: str, message: str) -> Condition:
     status = "True" if true else "False"
-    before = next((each for each in seen.pod.status.conditions if each.type == name), None)
+    before = next((condition for condition in seen.pod.status.conditions if condition.type == name), None)
     changed = whole(seen.now)
     if before is not None and before.status == status and before.last_transition_time is not None:
         changed = before.last_transition_time
@@ -256,7 +256,7 @@ def _condition(seen: Seen, name: str, true: bool, reason: str, message: str) -> 
 
 
 def _is_true(pod: Pod, name: str) -> bool:
-    return any(each.type == name and each.status == "True" for each in pod.status.conditions)
+    return any(condition.type == name and condition.status == "True" for condition in pod.status.conditions)
 
 
 def _ephemeral(pod: Pod) -> tuple[ContainerStatus, ...]:
@@ -277,8 +277,10 @@ def _ip(instance: Instance | None) -> str:
 
 def differs(before: PodStatus, after: PodStatus) -> bool:
     """Whether ``after`` has to be written; conditions of others are left alone."""
-    own = {each.type for each in after.conditions}
-    kept = tuple(sorted((each for each in before.conditions if each.type in own), key=lambda each: each.type))
+    own = {condition.type for condition in after.conditions}
+    kept = tuple(
+        sorted((condition for condition in before.conditions if condition.type in own), key=lambda each: each.type)
+    )
     wanted = tuple(sorted(after.conditions, key=lambda each: each.type))
     same = msgspec.structs.replace(before, conditions=kept) == msgspec.structs.replace(after, conditions=wanted)
     return not same

@@ -106,7 +106,7 @@ class Sweeper:
         path = f"/api/v1/namespaces/{segment(tags.get(names.NAMESPACE, ''))}/pods"
         selector = f"spec.nodeName={self._site.name},metadata.name={tags.get(names.POD, '')}"
         found = await self._site.api.list(path, Thing, fieldSelector=selector)
-        return all(each.metadata.uid != tags.get(names.POD_UID) for each in found.items)
+        return all(item.metadata.uid != tags.get(names.POD_UID) for item in found.items)
 
     async def _sweep_volumes(self) -> None:
         """Volumes that were made for pods of which neither object nor instance is left."""

@@ -380,7 +380,9 @@ def credentials_secret(pod: Pod, spec: PodSpec) -> str:
     if not name:
         return ""
     field = f"metadata.annotations[{names.CREDENTIALS}]"
-    volume = next((each for each in spec.volumes if each.secret is not None and each.secret.secret_name == name), None)
+    volume = next(
+        (volume for volume in spec.volumes if volume.secret is not None and volume.secret.secret_name == name), None
+    )
     if volume is None:
         raise Refusal((Remark(field, f"needs {name!r} in spec.volumes, which lets the node read it"),))
     if volume in mounted(spec):

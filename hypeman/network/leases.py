@@ -203,13 +203,13 @@ def _leave(txn: Txn, lease: Lease) -> None:
 
 def _take_ports(txn: Txn, lease: Lease, name_of: NameOf) -> None:
     check_ports_free(txn, lease.ports, name_of, instance_id=lease.instance_id)
-    for each in all_sockets(lease.ports):
-        txn.put(PORTS, _port_key(each), PortOwner(lease.instance_id))
+    for socket in all_sockets(lease.ports):
+        txn.put(PORTS, _port_key(socket), PortOwner(lease.instance_id))
 
 
 def _drop_ports(txn: Txn, lease: Lease) -> None:
-    for each in all_sockets(lease.ports):
-        txn.delete(PORTS, _port_key(each))
+    for socket in all_sockets(lease.ports):
+        txn.delete(PORTS, _port_key(socket))
 
 
 def _port_key(socket: HostSocket) -> str:

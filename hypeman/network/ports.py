@@ -107,7 +107,7 @@ def all_sockets(ports: Iterable[PortMapping]) -> dict[HostSocket, int]:
 
 def reached_from_loopback(ports: Iterable[PortMapping]) -> bool:
     """Whether the kernel forwards any of them from 127.0.0.0/8."""
-    return any(each.host_address in ("", ANY_4) or each.host_address.startswith("127.") for each in ports)
+    return any(port.host_address in ("", ANY_4) or port.host_address.startswith("127.") for port in ports)
 
 
 def port_changes(before: Lease, after: Lease) -> tuple[Lease, Lease]:

@@ -154,9 +154,9 @@ def _reach_elements(lease: Lease) -> Iterator[Element]:
     reach = lease.reach
     if reach.closed:
         yield Element("inet", "closed", (lease.tap,))
-        for each in reach.openings:
-            ports = str(each.first) if each.first == each.last else f"{each.first}-{each.last}"
-            yield Element("inet", "openings", (lease.tap, each.protocol, each.network, ports))
+        for opening in reach.openings:
+            ports = str(opening.first) if opening.first == opening.last else f"{opening.first}-{opening.last}"
+            yield Element("inet", "openings", (lease.tap, opening.protocol, opening.network, ports))
     if reach.private is not PrivateReach.CONFIGURED:
         yield Element("inet", f"private_{reach.private.value}", (lease.tap,))
 
@@ -193,13 +193,13 @@ def entered_elements(ports: Iterable[int]) -> set[Element]:
 
 def _port_elements(lease: Lease) -> Iterator[Element]:
     forwards = [each for mapping in lease.ports for each in forwards_of(mapping)]
-    for each in forwards:
-        target = (lease.ipv4, str(each.guest_port))
-        if each.address:
-            yield Element("inet", f"ports_at_{each.protocol}", (each.address, str(each.host_port)), target)
+    for forward in forwards:
+        target = (lease.ipv4, str(forward.guest_port))
+        if forward.address:
+            yield Element("inet", f"ports_at_{forward.protocol}", (forward.address, str(forward.host_port)), target)
         else:
-            yield Element("inet", "ports", (each.protocol, str(each.host_port)), target)
-    for protocol, port in sorted({(each.protocol, each.guest_port) for each in forwards}):
+            yield Element("inet", "ports", (forward.protocol, str(forward.host_port)), target)
+    for protocol, port in sorted({(forward.protocol, forward.guest_port) for forward in forwards}):
         yield Element("inet", "published", (lease.ipv4, protocol, str(port)))
     if forwards:
         yield Element("inet", "hairpin", (lease.ipv4, lease.ipv4))

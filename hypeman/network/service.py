@@ -454,7 +454,7 @@ class Network:
                     if change & {Change.UPLINK, Change.LOST}:
                         await self._follow_uplink()
                     if change & {Change.FORWARDING, Change.LOST}:
-                        await self._links.forward([*self.uplink.names, *(each.tap for each in self._leases.values())])
+                        await self._links.forward([*self.uplink.names, *(lease.tap for lease in self._leases.values())])
                     if change & {Change.UPLINK, Change.FORWARDING, Change.ROUTER, Change.LOST}:
                         await self._follow_forwarding()
                     if change & {Change.OURS, Change.LOST}:

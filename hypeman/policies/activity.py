@@ -249,9 +249,9 @@ class Activity:
 
     def _take(self, events: Sequence[Connection]) -> None:
         touched: set[str] = set()
-        for each in events:
-            for watched, key in self._ends(each):
-                if watched.hear(key, each.open):
+        for event in events:
+            for watched, key in self._ends(event):
+                if watched.hear(key, event.open):
                     touched.add(watched.instance_id)
         for instance_id in touched:
             self.touch(instance_id)

@@ -159,8 +159,8 @@ def _pools(holdings: Iterable[tuple[str, Holding]]) -> tuple[PoolAllocation, ...
         PoolAllocation(
             snapshot_id=snapshot,
             members=len(members),
-            memory_bytes=sum(each.memory for each in members),
-            disk_bytes=sum(each.disk for each in members),
+            memory_bytes=sum(member.memory for member in members),
+            disk_bytes=sum(member.disk for member in members),
         )
         for snapshot, members in pools.items()
     )

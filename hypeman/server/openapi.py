@@ -73,7 +73,9 @@ class _Schemas:
         found, components = msgspec.json.schema_components(wanted, ref_template="#/components/schemas/{name}")
         self._found: dict[Any, dict[str, Any]] = dict(zip(wanted, found, strict=True))
         self._components = components
-        for name in _reachable([self._found[one.body] for one in operations if one.body in self._found], components):
+        for name in _reachable(
+            [self._found[operation.body] for operation in operations if operation.body in self._found], components
+        ):
             _allow_null(components[name])
         self._queries = {operation.query.__name__ for operation in operations if operation.query is not None}
 

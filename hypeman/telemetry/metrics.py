@@ -188,8 +188,8 @@ def refresh_before_scrape(name: str, refresh: Callable[[], Awaitable[object]]) -
 
 async def refresh() -> None:
     """Bring all values up to date; before ``render_metrics``."""
-    for each in tuple(_refreshers.values()):
-        await each()
+    for refresher in tuple(_refreshers.values()):
+        await refresher()
 
 
 _started = time.monotonic()

@@ -271,8 +271,8 @@ class Bench:
         ]
 
         def make() -> int:
-            said = subprocess.run(argv, env={**os.environ, "CA": str(ca)}, check=True, capture_output=True, text=True)
-            requests, errors = map(int, said.stdout.split())
+            result = subprocess.run(argv, env={**os.environ, "CA": str(ca)}, check=True, capture_output=True, text=True)
+            requests, errors = map(int, result.stdout.split())
             if errors or not requests:
                 raise RuntimeError(f"{proxy}, {test}: {requests} requests, {errors} errors")
             return requests
@@ -299,9 +299,9 @@ class Bench:
 
         def measure() -> float:
             before = cpu_ns(pid)
-            said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
-            if f"status codes: {count} 2xx" not in said:
-                raise RuntimeError(f"{proxy}, HTTP/2: {said}")
+            output = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+            if f"status codes: {count} 2xx" not in output:
+                raise RuntimeError(f"{proxy}, HTTP/2: {output}")
             return (cpu_ns(pid) - before) / 1000 / count
 
         return measure

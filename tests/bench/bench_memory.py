@@ -249,7 +249,7 @@ def _forks_at_once(client: Client, directory: Path) -> list[Result]:
         forks = list(pool.map(fork, range(FORKS)))
         together = (time.perf_counter() - begin) * 1000
     vmms = _vmms(directory)
-    memory = [process_memory(vmms[each]) for each in forks]
+    memory = [process_memory(vmms[fork]) for fork in forks]
     on_disk = [_allocated(directory / "data" / "instances" / instance) for instance in forks]
     return [
         Result(f"{FORKS} forks of a snapshot at once, all answered", together, "ms"),

@@ -139,9 +139,9 @@ async def _elements(rules: Rules, lease: Lease) -> Result:
     """Close and open one guest among 500."""
     elements = ruleset.lease_elements(lease)
     text = "".join(
-        f"{verb} element {each.family} hypeman {each.set} {{ {' . '.join(each.key)} }}\n"
+        f"{verb} element {element.family} hypeman {element.set} {{ {' . '.join(element.key)} }}\n"
         for verb in ("delete", "add")
-        for each in elements
+        for element in elements
     )
     ours, theirs = [], []
     for _ in range(30):

@@ -39,9 +39,9 @@ class Buildah:
             "--runroot",
             f"{self._directory}/run",
         )
-        done = subprocess.run(["buildah", *storage, *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        result = subprocess.run(["buildah", *storage, *arguments], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
 
     def build(self, name: str, files: Files, fields: Mapping[str, Any]) -> None:
         """Make the image ``name`` of a context and the fields of a build request."""

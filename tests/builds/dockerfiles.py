@@ -252,7 +252,7 @@ async def check_provenance(appliance: Appliance) -> None:
     assert done["provenance"]["lockfile_hashes"].keys() == {"package-lock.json"}
     for repository, tag in (("quay.io/team/attested", "v1"), ("team/attested", "latest")):
         index = (await appliance.ask("GET", f"/v2/{repository}/manifests/{tag}")).json()
-        kinds = [one.get("annotations", {}).get("vnd.docker.reference.type") for one in index["manifests"]]
+        kinds = [manifest.get("annotations", {}).get("vnd.docker.reference.type") for manifest in index["manifests"]]
         assert kinds == [None, "attestation-manifest"], index
     assert "attested" in await output_of(appliance, "team/attested", "attested")
 

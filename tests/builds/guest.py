@@ -89,7 +89,9 @@ async def finished(appliance: Appliance, build: Any) -> tuple[Any, list[str]]:
     """The build at its end, and its log."""
     events = await follow(appliance, build["id"])
     assert events[-1].get("status") in ("ready", "failed", "cancelled"), events[-1:]
-    return await appliance.get(f"/builds/{build['id']}"), [one["content"] for one in events if one["type"] == "log"]
+    return await appliance.get(f"/builds/{build['id']}"), [
+        event["content"] for event in events if event["type"] == "log"
+    ]
 
 
 async def build(appliance: Appliance, files: Mapping[str, bytes | str | Path], **fields: Any) -> tuple[Any, list[str]]:

@@ -42,7 +42,7 @@ FROM team/pinned@sha256:{digest}
 
 
 def test_images_of_a_dockerfile() -> None:
-    found = [str(one) for one in find_images(DOCKERFILE, {})]
+    found = [str(image) for image in find_images(DOCKERFILE, {})]
     assert found == ["docker.io/library/alpine:3.20", "quay.io/team/tool:v1", "docker.io/team/assets:latest"]
     assert str(find_images(DOCKERFILE, {"BASE": "team/base", "TAG": "v2"})[0]) == "docker.io/team/base:v2"
     assert find_images("FROM ${NONE}\nFROM UPPER CASE\nFROM " + "x" * 5000, {}) == []

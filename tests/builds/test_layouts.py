@@ -166,7 +166,7 @@ async def test_attestations_are_stored(guest: FakeGuest, registry: FakeRegistry)
     guest.index({"mediaType": INDEX_TYPES[0], **guest.put(msgspec.json.encode(document))})
     root = await Layout(guest, registry, "vm", OUT).store("a/b")
     assert root.media_type == INDEX_TYPES[0]
-    assert {reference for _, reference in registry.manifests} == {root.digest, *(one["digest"] for one in children)}
+    assert {reference for _, reference in registry.manifests} == {root.digest, *(child["digest"] for child in children)}
 
 
 async def test_a_cache_comes_back_as_it_went(guest: FakeGuest, registry: FakeRegistry) -> None:

@@ -366,7 +366,7 @@ async def test_builders(bench: Bench) -> None:
         with pytest.raises(Conflict) as full:
             await builds.create_builder(CreateBuilderRequest(id="c"))
         assert full.value.code == "quota_exceeded"
-        assert [one.id for one in await builds.list_builders(tags={"a": "b"})] == ["b"]
+        assert [builder.id for builder in await builds.list_builders(tags={"a": "b"})] == ["b"]
         assert await builds.list_builders(tags={"a": "c"}) == []
         bench.worker.full = None
         await builds.delete_builder("b")
@@ -400,7 +400,7 @@ async def test_idle_builders_are_removed(store: Any, paths: Any) -> None:
         await builds.create(form(builder_id="used"))
         builds.builders._now = lambda: datetime.now(UTC) + timedelta(hours=2)
         await builds.builders.reap()
-        assert [one.id for one in await builds.list_builders(tags={})] == ["used"]
+        assert [builder.id for builder in await builds.list_builders(tags={})] == ["used"]
 
 
 async def test_forms_that_are_not_sent_on_take_little_memory_and_time(
@@ -438,7 +438,7 @@ async def test_forms_that_are_not_sent_on_take_little_memory_and_time(
             for _ in range(10):
                 nursery.start_soon(ask)
         assert len(outcomes) == 10 and sent <= 10 * 6 - 20
-        assert sum("arrived for" in each for each in outcomes) >= 1
-        assert sum("try again" in each for each in outcomes) >= 5
+        assert sum("arrived for" in outcome for outcome in outcomes) >= 1
+        assert sum("try again" in outcome for outcome in outcomes) >= 5
         assert (await builds.create(form())).status is BuildStatus.QUEUED
         assert not list(bench.paths.tmp.glob("build-*"))

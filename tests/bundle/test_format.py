@@ -162,9 +162,9 @@ def test_keys_read_back() -> None:
 
 
 def minisign(*words: str | Path) -> str:
-    done = subprocess.run(["minisign", *map(str, words)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    result = subprocess.run(["minisign", *map(str, words)], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def test_minisign_accepts_ours_and_we_accept_minisigns(tmp_path: Path, bundle: Path) -> None:

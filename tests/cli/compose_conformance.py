@@ -128,10 +128,10 @@ def _is_yaml(text: str) -> bool:
 def _ask(cases: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """What compose-go makes of each."""
     asked = "".join(f"{path}\n" for path in cases.values())
-    done = subprocess.run(
+    result = subprocess.run(
         [CACHE / "oracle"], input=asked, capture_output=True, text=True, check=True, timeout=_SECONDS, env={}
     )
-    return dict(zip(cases, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(cases, map(json.loads, result.stdout.splitlines()), strict=True))
 
 
 def _outcome(path: Path, told: dict[str, Any], module: Path) -> str:
@@ -193,11 +193,13 @@ def _said(service: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mounts(service: Service, stack: Stack) -> Iterator[tuple[str, bool]]:
     volumes = {volume.name: volume for volume in stack.volumes}
-    for one in service.mounts:
+    for mount in service.mounts:
         paths = (
-            [f"/{file.path}" for file in volumes[one["volume_id"]].files] if one.get("files") else [one["mount_path"]]
+            [f"/{file.path}" for file in volumes[mount["volume_id"]].files]
+            if mount.get("files")
+            else [mount["mount_path"]]
         )
-        yield from ((path, bool(one.get("readonly"))) for path in paths)
+        yield from ((path, bool(mount.get("readonly"))) for path in paths)
 
 
 def _done(service: Service, stack: Stack) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def _value(root: Schema, path: str, node: Schema) -> Any:
     if "enum" in node:
         return node["enum"][0]
     kinds = node.get("type", "object")
-    kind = kinds if isinstance(kinds, str) else next(one for one in kinds if one != "null")
+    kind = kinds if isinstance(kinds, str) else next(kind for kind in kinds if kind != "null")
     match kind:
         case "string":
             return "7s" if node.get("format") == "duration" else "7"

@@ -477,20 +477,24 @@ def test_reclaim_memory(cli: Any, server: Any) -> None:
 
 def test_refusals_say_what_to_do(server: Any) -> None:
     run = CliRunner().invoke
-    done = run(hypeman, ["--base-url", server.tcp_url, "ps"])
-    assert (done.exit_code, "HYPEMAN_API_KEY" in done.stderr, "401" in done.stderr) == (1, True, True)
-    done = run(hypeman, ["--base-url", server.tcp_url, "ps"], env={"HYPEMAN_API_KEY": server.token})
-    assert done.exit_code == 0
-    done = run(hypeman, ["--base-url", server.tcp_url, "--format-error", "json", "ps"])
-    assert json.loads(done.stderr)["code"] == "Unauthorized"
-    done = run(hypeman, ["--base-url", server.tcp_url, "--transform-error", "code", "ps"])
-    assert done.stderr.strip() == '"Unauthorized"'
-    done = run(hypeman, ["--debug", "--base-url", server.tcp_url, "ps"], env={"HYPEMAN_API_KEY": server.token})
-    assert "> GET" in done.stderr
-    assert server.token not in done.stderr
+    result = run(hypeman, ["--base-url", server.tcp_url, "ps"])
+    assert (result.exit_code, "HYPEMAN_API_KEY" in result.stderr, "401" in result.stderr) == (1, True, True)
+    result = run(hypeman, ["--base-url", server.tcp_url, "ps"], env={"HYPEMAN_API_KEY": server.token})
+    assert result.exit_code == 0
+    result = run(hypeman, ["--base-url", server.tcp_url, "--format-error", "json", "ps"])
+    assert json.loads(result.stderr)["code"] == "Unauthorized"
+    result = run(hypeman, ["--base-url", server.tcp_url, "--transform-error", "code", "ps"])
+    assert result.stderr.strip() == '"Unauthorized"'
+    result = run(hypeman, ["--debug", "--base-url", server.tcp_url, "ps"], env={"HYPEMAN_API_KEY": server.token})
+    assert "> GET" in result.stderr
+    assert server.token not in result.stderr
     for url in ("http://127.0.0.1:1", "unix:///nowhere.sock", "http://no-such-host.invalid"):
-        done = run(hypeman, ["--base-url", url, "ps"])
-        assert (done.exit_code, "cannot be reached" in done.stderr, "hypeman serve" in done.stderr) == (1, True, True)
+        result = run(hypeman, ["--base-url", url, "ps"])
+        assert (result.exit_code, "cannot be reached" in result.stderr, "hypeman serve" in result.stderr) == (
+            1,
+            True,
+            True,
+        )
     assert run(hypeman, ["--base-url", "ftp://x", "ps"]).exit_code == 1
 
 

@@ -523,7 +523,7 @@ def test_standby_start_and_fork(cli: Any, server: Any, tmp_path: Path) -> None:
 
 
 def states(server: Any) -> dict[str, InstanceState]:
-    return {each.name: each.state for each in server.world.instances.instances.values()}
+    return {instance.name: instance.state for instance in server.world.instances.instances.values()}
 
 
 def test_an_image_is_built_if_it_is_missing(cli: Any, server: Any, tmp_path: Path) -> None:

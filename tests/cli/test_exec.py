@@ -24,8 +24,8 @@ def web(server: Any) -> None:
 
 
 def test_output_and_exit_code(shell: Any, server: Any) -> None:
-    done = shell("exec", "-e", "A=b", "--cwd", "/tmp", "--timeout", "5", "web", "--", "echo", "-n", "hello")
-    assert (done.stdout, done.stderr, done.returncode) == (b"-n hello\n", b"", 0)
+    result = shell("exec", "-e", "A=b", "--cwd", "/tmp", "--timeout", "5", "web", "--", "echo", "-n", "hello")
+    assert (result.stdout, result.stderr, result.returncode) == (b"-n hello\n", b"", 0)
     asked = server.world.instances.sessions[0].request
     assert (asked.env, asked.cwd, asked.timeout, asked.tty) == ({"A": "b"}, "/tmp", 5, False)
     assert shell("exec", "web", "false").returncode == 1
@@ -39,8 +39,8 @@ def test_much_output(shell: Any) -> None:
 
 def test_standard_input_and_its_end(shell: Any) -> None:
     data = b"line\n" * 300_000
-    done = shell("exec", "-i", "web", "cat", input=data)
-    assert (done.stdout, done.returncode) == (data.upper(), 0)
+    result = shell("exec", "-i", "web", "cat", input=data)
+    assert (result.stdout, result.returncode) == (data.upper(), 0)
 
 
 def test_refusals(shell: Any) -> None:

@@ -44,10 +44,10 @@ def test_a_client_that_closes_while_the_server_does_is_no_error(server: Any, cap
 
     async def wait_for_lines() -> list[Any]:
         with trio.fail_after(20):
-            while len(found := [one for one in caplog.records if one.message == "request"]) < EXECS:
+            while len(found := [record for record in caplog.records if record.message == "request"]) < EXECS:
                 await trio.sleep(0.05)
         return found
 
     lines = trio.run(wait_for_lines)
     assert [line.status for line in lines] == [101] * EXECS
-    assert [one for one in caplog.records if one.levelno >= logging.WARNING] == []
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

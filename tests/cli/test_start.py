@@ -30,8 +30,8 @@ def test_client_commands_load_no_server(arguments: list[str]) -> None:
         "try:\n    main()\nexcept SystemExit: pass\n"
         f"print([name for name in {SLOW!r} if name in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
 
 def test_a_command_imports_its_own_module() -> None:
@@ -43,8 +43,8 @@ def test_a_command_imports_its_own_module() -> None:
         "mine = ('builds', 'compose', 'run', 'copy', 'host')\n"
         "print([name for name in mine if f'hypeman.cli.{name}' in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
 
 def below(command: click.Command) -> set[click.Command]:
@@ -85,6 +85,6 @@ def test_version_and_no_such_command() -> None:
 
 def test_a_reader_that_leaves_is_no_error_message() -> None:
     command = f"{sys.executable} -m hypeman man | head -1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
-    assert done.stdout.startswith(".TH")
-    assert done.stderr == ""
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
+    assert result.stdout.startswith(".TH")
+    assert result.stderr == ""

@@ -76,7 +76,7 @@ async def test_schemathesis_finds_nothing(appliance: Appliance, schemathesis: Pa
     }
     report = tmp_path / "schemathesis.log"
     with report.open("wb") as log:
-        done = await trio.run_process(command, stdout=log, check=False, cwd=tmp_path, env=os.environ | hooks)
-    assert done.returncode == 0, report.read_text()[-20_000:]
+        result = await trio.run_process(command, stdout=log, check=False, cwd=tmp_path, env=os.environ | hooks)
+    assert result.returncode == 0, report.read_text()[-20_000:]
     live = await appliance.get("/instances/live")
     assert (live["state"], live["image"]) == ("Running", IMAGE)

@@ -59,6 +59,6 @@ def node() -> Path:
 def test_every_method_of_the_typescript_sdk(server: Running, node: Path) -> None:
     script = Path(__file__).with_name("typescript_client.mjs")
     command: list[str | Path] = ["node", script, node, server.tcp_url, server.token]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"failed": {}, "unused": []}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {"failed": {}, "unused": []}

@@ -36,7 +36,7 @@ def python() -> Path:
 def test_every_method_of_the_python_sdk(server: Running, python: Path) -> None:
     script = Path(__file__).with_name("python_client.py")
     command: list[str | Path] = [python, script, server.tcp_url, server.token]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
+    assert result.returncode == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
     assert found == {"failed": {}, "unused": []}

@@ -69,14 +69,14 @@ def prepare(root: Path, *, bound: bool) -> str:
 
 def run_killed(root: Path, operation: str, when: str, number: int) -> int | None:
     """None if it was killed, else how many writes there were."""
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "tests.devices.killed", str(root), operation, when, str(number)],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    if done.returncode == -signal.SIGKILL:
+    if result.returncode == -signal.SIGKILL:
         return None
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout)
 
 
 async def end_instance(machine: Machine, store: Store, devices: Devices) -> None:

@@ -170,8 +170,8 @@ class Http(http.server.BaseHTTPRequestHandler):
             "GIT_PROTOCOL": self.headers["Git-Protocol"] or "",
             "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*",
         }  # fmt: skip
-        said = subprocess.run(["git", "http-backend"], env=cgi, input=body, capture_output=True).stdout
-        head, _, content = said.partition(b"\r\n\r\n")
+        output = subprocess.run(["git", "http-backend"], env=cgi, input=body, capture_output=True).stdout
+        head, _, content = output.partition(b"\r\n\r\n")
         fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
         self._answer(content, int(fields.pop("Status", "200 OK").split()[0]), **fields)
 

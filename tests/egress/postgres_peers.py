@@ -179,7 +179,7 @@ class Server:
             await self.send(wire, message(b"C", body) + message(b"Z", b"I"))
 
     async def _scram(self, wire: Wire) -> bool:
-        offered = b"".join(each.encode() + b"\0" for each in self.mechanisms) + b"\0"
+        offered = b"".join(mechanism.encode() + b"\0" for mechanism in self.mechanisms) + b"\0"
         await self.send(wire, authentication(10, offered))
         kind, body = await read_message(wire)
         mechanism, _, rest = body.partition(b"\0")

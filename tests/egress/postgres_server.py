@@ -44,17 +44,17 @@ class Database:
         self.direct(f"CREATE ROLE app LOGIN PASSWORD '{password}'", "CREATE DATABASE app OWNER app")
 
     def _run(self, *argv: str, **environment: str) -> str:
-        done = subprocess.run(argv, cwd=self.data.parent, env={**os.environ, **environment}, capture_output=True,
+        result = subprocess.run(argv, cwd=self.data.parent, env={**os.environ, **environment}, capture_output=True,
                               text=True, timeout=120)  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
 
     def control(self, action: str) -> None:
         argv = (str(PROGRAMS / "pg_ctl"), "-D", str(self.data), "-w", "-l", str(self.data / "log"), action)
         inside = ("ip", "netns", "exec", self.namespace, *AS_POSTGRES, *argv)
-        done = subprocess.run(inside, cwd=self.data.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        result = subprocess.run(inside, cwd=self.data.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                               timeout=120)  # fmt: skip
-        assert done.returncode == 0, (self.data / "log").read_text()
+        assert result.returncode == 0, (self.data / "log").read_text()
 
     def direct(self, *statements: str) -> str:
         """As the superuser, from beside the server."""

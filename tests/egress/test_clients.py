@@ -43,7 +43,7 @@ def python(lab: Lab, code: str, proxied: bool, **env: str) -> Any:
 @proxied
 def test_grpc(lab: Lab, proxied: bool) -> None:
     """All four kinds of calls, large messages, metadata at both ends, failures: over one connection of HTTP/2."""
-    said = python(
+    output = python(
         lab,
         f"""
         import grpc, json, os, queue
@@ -75,7 +75,7 @@ def test_grpc(lab: Lab, proxied: bool) -> None:
         """,
         proxied,
     )
-    assert said == {
+    assert output == {
         "echoed": True, "credential": "real", "bin": [0, 255], "failed": ["FAILED_PRECONDITION", "näh"],
         "server": sum(len(b"%d " % number) * 1000 for number in range(300)), "client": "5000000",
         "both": ["0", "1", "2", "3", "4"], "initial": "real", "end": "OK",

@@ -127,8 +127,8 @@ thread yes
 def test_what_can_be_opened_connected_to_or_signalled() -> None:
     # In a namespace of its own: the rules of a server that runs beside it restrict whatever has the engine's uid.
     command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", sys.executable, "-c", PROBE]
-    done = subprocess.run([*command, str(UID)], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.returncode) == (GOLDEN, 0), done.stderr
+    result = subprocess.run([*command, str(UID)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.stdout, result.returncode) == (GOLDEN, 0), result.stderr
 
 
 async def test_the_process_has_nothing(world: World) -> None:
@@ -140,7 +140,7 @@ async def test_the_process_has_nothing(world: World) -> None:
     assert os.listdir(proc / "root") == []
     for kind in ("mnt", "ipc", "uts"):
         assert os.readlink(proc / "ns" / kind) != os.readlink(f"/proc/self/ns/{kind}")
-    kinds = [re.sub(r"\[\d+\]", "", os.readlink(each)) for each in (proc / "fd").iterdir()]
+    kinds = [re.sub(r"\[\d+\]", "", os.readlink(path)) for path in (proc / "fd").iterdir()]
     errors = "/memfd:engine-errors (deleted)"
     assert set(kinds) == {"/dev/null", errors, "socket:", "anon_inode:[eventfd]", "anon_inode:[eventpoll]"}
     assert kinds.count("socket:") == 3, "the server, and a listener twice: for the loop, and to be passed on"

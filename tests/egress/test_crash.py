@@ -241,9 +241,9 @@ async def wait_asked(scene: Scene, *, passed: bool = False) -> str:
     """The answer to a request of ``one`` that began after this call; ``passed``: that was let through."""
     since = time.monotonic_ns()
     while True:
-        for each in requests(scene):
-            if each.source == "127.0.1.2" and each.began > since and (each.passed or not passed):
-                return each.value
+        for request in requests(scene):
+            if request.source == "127.0.1.2" and request.began > since and (request.passed or not passed):
+                return request.value
         await trio.sleep(0.01)
 
 
@@ -277,19 +277,19 @@ async def check(server: Server) -> None:
 def check_log(scene: Scene) -> None:
     """What was let through all the while."""
     events = scene.noted()
-    for each in requests(scene):
-        if not each.passed:
+    for request in requests(scene):
+        if not request.passed:
             continue
-        assert each.source != "127.0.1.9", "nobody has a policy for it"
-        before = [event for event in events if event.at < each.began]
-        if each.source == "127.0.1.3":
+        assert request.source != "127.0.1.9", "nobody has a policy for it"
+        before = [event for event in events if event.at < request.began]
+        if request.source == "127.0.1.3":
             assert "removed" not in [event.what for event in before]
             continue
-        assert int(each.value) >= max((event.value for event in before), default=0), "an older value"
+        assert int(request.value) >= max((event.value for event in before), default=0), "an older value"
         last = [event.what for event in before if event.what in ("closed", "opening")]
         if last and last[-1] == "closed":
-            opening = [event.at for event in events if event.what == "opening" and event.at > each.began]
-            assert opening and opening[0] < each.ended, "let through while it was closed"
+            opening = [event.at for event in events if event.what == "opening" and event.at > request.began]
+            assert opening and opening[0] < request.ended, "let through while it was closed"
 
 
 # ── The matrix ───────────────────────────────────────────────────────────────────────────────────

@@ -152,9 +152,9 @@ def run_server(world: World, directory: Path, engines: Path, number: int) -> lis
             "engines": str(engines), "credentials": credentials, "first": {A: "a1", B: "b1"}, "then": {A: "a2"},
             "remove": [B]}  # fmt: skip
     argv = [sys.executable, "-m", "tests.egress.killed", "server", str(number), json.dumps(told)]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == (9 if number else 0), done.stderr
-    return done.stdout.splitlines()
+    result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == (9 if number else 0), result.stderr
+    return result.stdout.splitlines()
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["server", "both"])

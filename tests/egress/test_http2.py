@@ -497,7 +497,9 @@ async def test_rotation_under_load(world: World, grpc: GrpcLike, to_http2: bool)
                 await trio.sleep(0.001)
         done = True
     sent = [(head[":path"], head["authorization"], head["x-key"]) for head in grpc.heads]
-    sent += [(one.target, one.all("authorization")[0], one.all("x-key")[0]) for one in world.origin.requests]
+    sent += [
+        (request.target, request.all("authorization")[0], request.all("x-key")[0]) for request in world.origin.requests
+    ]
     assert len(sent) >= answered >= 240
     assert not [each for each in sent if each[1] != f"Bearer {each[2]}" or int(each[2][3:]) < int(each[0][1:])]
 

@@ -231,7 +231,7 @@ STRICTER = {
 
 
 def pem(certificates: list[Certificate]) -> str:
-    return "".join(each.public_bytes(serialization.Encoding.PEM).decode() for each in certificates)
+    return "".join(certificate.public_bytes(serialization.Encoding.PEM).decode() for certificate in certificates)
 
 
 @pytest.mark.parametrize("name", list(cases()))
@@ -272,8 +272,8 @@ def test_go_says_the_same() -> None:
     """But for the chains of STRICTER."""
     told = {name: {"roots": pem(case.roots), "sent": pem(case.sent), "host": HOST} for name, case in cases().items()}
     program = Path(__file__).with_name("chain_verdicts.go")
-    done = subprocess.run(["go", "run", str(program)], input=json.dumps(told), capture_output=True, text=True,
+    result = subprocess.run(["go", "run", str(program)], input=json.dumps(told), capture_output=True, text=True,
                           check=True, timeout=300)  # fmt: skip
-    said = json.loads(done.stdout)
-    differ = {name: said[name] for name, case in cases().items() if case.good != (said[name] == "")}
+    output = json.loads(result.stdout)
+    differ = {name: output[name] for name, case in cases().items() if case.good != (output[name] == "")}
     assert set(differ) == set(STRICTER), differ

@@ -69,7 +69,7 @@ async def test_guests_wait_for_the_next_process(world: World, tmp_path: Path) ->
         assert (shaken, (await second.statistics()).counters["accepted"]) == (0, 0)
         await open_to_guest(second)
     assert shaken == len(waiting)
-    assert [each.all("authorization") for each in world.origin.requests] == [[f"Bearer {SECRET}"]] * len(waiting)
+    assert [request.all("authorization") for request in world.origin.requests] == [[f"Bearer {SECRET}"]] * len(waiting)
     for each in kept:
         each.close()
 

@@ -72,7 +72,7 @@ def test_refused_together() -> None:
         access(raw, AccessRule(action=ALLOW, networks=("10.1.0.0/16",), ports=(23,)))
     with pytest.raises(InvalidRequest, match="at most"):
         access(*[AccessRule(action=ALLOW)] * 1001)
-    assert [(each.first, each.last) for each in openings(access(raw))] == [(22, 24)]
+    assert [(opening.first, opening.last) for opening in openings(access(raw))] == [(22, 24)]
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def sign(
     found = rewrite_head((head + "\r\n").encode(), rules, host.encode(), False, 443, int(when.timestamp()), sent)
     assert isinstance(found, bytes), found
     lines = found.decode().split("\r\n")
-    return lines[0], {n.lower(): v for n, _, v in (each.partition(": ") for each in lines[1:] if each)}, bytes(sent)
+    return lines[0], {n.lower(): v for n, _, v in (line.partition(": ") for line in lines[1:] if line)}, bytes(sent)
 
 
 def signature(fields: dict[str, str]) -> str:

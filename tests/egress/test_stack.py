@@ -43,5 +43,5 @@ def test_scram_leaves_no_secret_on_its_stack(tmp_path: Path, password: str) -> N
     if len(password) > 64:
         secrets["key"] = sha256(password.encode()).digest()
     told = [f"{name}={value.hex()}" for name, value in secrets.items()]
-    done = subprocess.run([built, password, server_first, *told], check=True, capture_output=True, text=True)
-    assert done.stdout.splitlines() == [f"{without_proof},p={base64.b64encode(proof).decode()}"]
+    result = subprocess.run([built, password, server_first, *told], check=True, capture_output=True, text=True)
+    assert result.stdout.splitlines() == [f"{without_proof},p={base64.b64encode(proof).decode()}"]

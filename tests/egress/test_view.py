@@ -99,7 +99,7 @@ def test_names_follow_the_rules_of_their_instance(tmp_path: Path) -> None:
     names = NamesOfInstances(egress, board)
     asked = [("one", "a.x.org"), ("one", "a.y.org"), ("one", ""), ("two", "a.y.org"), ("three", "a.x.org")]
     assert [names.may_look_up(*each) for each in asked] == [True, False, False, True, False]
-    assert [(each.instance, each.host, each.decision, each.rule) for each in records] == [
+    assert [(record.instance, record.host, record.decision, record.rule) for record in records] == [
         ("one", "a.y.org", "denied", "default"), ("one", "", "denied", "default"),
     ]  # fmt: skip
 

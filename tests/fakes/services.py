@@ -331,8 +331,8 @@ class FakeInstances:
     def find(self, ref: str) -> Instance:
         if self.fails is not None:
             raise self.fails
-        hits = [one for one in self.instances.values() if ref in (one.id, one.name)]
-        hits = hits or [one for one in self.instances.values() if ref and one.id.startswith(ref)]
+        hits = [instance for instance in self.instances.values() if ref in (instance.id, instance.name)]
+        hits = hits or [instance for instance in self.instances.values() if ref and instance.id.startswith(ref)]
         if len(hits) > 1:
             raise Ambiguous(f"{ref} fits {len(hits)} instances")
         if not hits:
@@ -380,7 +380,7 @@ class FakeInstances:
         self.asked.append(("create", request))
         if self.fails is not None:
             raise self.fails
-        if any(one.name == request.name for one in self.instances.values()):
+        if any(instance.name == request.name for instance in self.instances.values()):
             raise NameConflict(f"there is an instance {request.name} already")
         check_name(request.name)
         if not request.image:
@@ -444,7 +444,7 @@ class FakeInstances:
         )
 
     async def usage(self) -> UsageOfAll:
-        running = [one for one in self.instances.values() if one.state is InstanceState.RUNNING]
+        running = [instance for instance in self.instances.values() if instance.state is InstanceState.RUNNING]
         return UsageOfAll(
             time=NOW,
             instances=tuple(
@@ -553,12 +553,12 @@ class FakeSnapshots:
         self, *, source_instance_id: str | None, kind: SnapshotKind | None, name: str | None, tags: Tags
     ) -> Sequence[Snapshot]:
         return [
-            one
-            for one in self.snapshots.values()
-            if source_instance_id in (None, one.source_instance_id)
-            and kind in (None, one.kind)
-            and name in (None, one.name)
-            and tags_match(one.tags or {}, tags)
+            snapshot
+            for snapshot in self.snapshots.values()
+            if source_instance_id in (None, snapshot.source_instance_id)
+            and kind in (None, snapshot.kind)
+            and name in (None, snapshot.name)
+            and tags_match(snapshot.tags or {}, tags)
         ]
 
     async def get(self, snapshot: str) -> Snapshot:
@@ -597,12 +597,12 @@ class FakeVolumes:
     """Where set, an archive is read only after this."""
 
     async def list(self, *, tags: Tags) -> Sequence[Volume]:
-        return [one for one in self.volumes.values() if tags_match(one.tags or {}, tags)]
+        return [volume for volume in self.volumes.values() if tags_match(volume.tags or {}, tags)]
 
     async def get(self, ref: str) -> Volume:
-        for one in self.volumes.values():
-            if ref in (one.id, one.name):
-                return one
+        for volume in self.volumes.values():
+            if ref in (volume.id, volume.name):
+                return volume
         raise NotFound(f"volume {ref} is not here")
 
     async def create(self, request: CreateVolumeRequest) -> Volume:
@@ -660,9 +660,9 @@ class FakeDevices:
         return device
 
     def get(self, ref: str) -> Device:
-        for one in self.devices.values():
-            if ref in (one.id, one.name):
-                return one
+        for device in self.devices.values():
+            if ref in (device.id, device.name):
+                return device
         raise NotFound(f"device {ref} is not here")
 
     async def delete(self, ref: str) -> None:
@@ -678,17 +678,17 @@ class FakeIngresses:
     ingresses: dict[str, Ingress] = field(default_factory=dict)
 
     async def list(self, *, tags: Tags) -> Sequence[Ingress]:
-        return [one for one in self.ingresses.values() if tags_match(one.tags or {}, tags)]
+        return [ingress for ingress in self.ingresses.values() if tags_match(ingress.tags or {}, tags)]
 
     async def get(self, ref: str) -> Ingress:
-        for one in self.ingresses.values():
-            if ref in (one.id, one.name):
-                return one
+        for ingress in self.ingresses.values():
+            if ref in (ingress.id, ingress.name):
+                return ingress
         raise NotFound(f"ingress {ref} is not here")
 
     async def create(self, request: CreateIngressRequest) -> Ingress:
         record = check_request(request, lambda ref: self.instances.find(ref).name, refuse_tls, NOW)
-        if any(one.name == record.name for one in self.ingresses.values()):
+        if any(ingress.name == record.name for ingress in self.ingresses.values()):
             raise Conflict(f"there is an ingress {record.name} already", code="already_exists")
         certificates = tuple(
             IngressCertificate(hostname=host, state=CertificateState.VALID, source="internal", not_after=NOW)

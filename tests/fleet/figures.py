@@ -97,7 +97,7 @@ def measure_claims(fleet: Fleet, host: Host) -> None:
             watched.until_ready(CLAIMS)
             took = time.monotonic() - began
             events.kill()
-        forks = [each for each in host.instances() if each["name"].startswith(("a", "c"))]
+        forks = [instance for instance in host.instances() if instance["name"].startswith(("a", "c"))]
         assert len(forks) == CLAIMS + 10
     print(
         f"claim → ready, one at a time: p50 {statistics.median(alone) * 1000:.0f} ms, most {max(alone) * 1000:.0f} ms"

@@ -40,8 +40,8 @@ def test_exec(fleet: Fleet, namespace: str) -> None:
         argv = fleet.control.command("exec", *forward, "vm", "-n", namespace, "--", *command)
         return subprocess.run(argv, input=stdin or "", capture_output=True, text=True, timeout=120)
 
-    done = run("sh", "-c", "echo out; echo err >&2; echo $COLOUR; exit 3")
-    assert (done.stdout, done.stderr.splitlines()[0], done.returncode) == ("out\nblue\n", "err", 3)
+    result = run("sh", "-c", "echo out; echo err >&2; echo $COLOUR; exit 3")
+    assert (result.stdout, result.stderr.splitlines()[0], result.returncode) == ("out\nblue\n", "err", 3)
     assert run("cat", stdin="hello\n" * 1000).stdout == "hello\n" * 1000
     assert run("no-such-program").returncode != 0
 
@@ -116,8 +116,8 @@ def test_port_forward(fleet: Fleet, namespace: str) -> None:
         assert "Forwarding" in forward.stdout.readline()
         for _ in range(2):
             argv = fleet.control.namespace.command("python3", "-c", CLIENT)
-            done = subprocess.run(argv, capture_output=True, text=True, timeout=100)
-            assert done.stdout == "served\n", done.stderr
+            result = subprocess.run(argv, capture_output=True, text=True, timeout=100)
+            assert result.stdout == "served\n", result.stderr
         forward.kill()
 
 

@@ -99,8 +99,8 @@ def root(tmp_path: Path) -> Path:
 )
 def test_who_is_process_1(program: Path, root: Path, argv: str, is_init: bool) -> None:
     words = argv.split("|") if "|" in argv else argv.replace("{root}", str(root)).split()
-    done = subprocess.run([program, f"/nowhere:{root}", root, *words], timeout=10)
-    assert done.returncode == (0 if is_init else 1)
+    result = subprocess.run([program, f"/nowhere:{root}", root, *words], timeout=10)
+    assert result.returncode == (0 if is_init else 1)
 
 
 def test_scripts_of_any_bytes(program: Path, root: Path) -> None:

@@ -54,8 +54,8 @@ def greeted() -> Connection:
 @pytest.mark.parametrize("name", golden.names())
 def test_golden_conversations_from_the_hosts_side(name: str) -> None:
     """All that the guest says is understood, wherever the bytes are cut in two."""
-    said = [data for direction, data in golden.read(golden.DIRECTORY / f"{name}.txt") if direction == "<"]
-    stream = b"".join(said)
+    output = [data for direction, data in golden.read(golden.DIRECTORY / f"{name}.txt") if direction == "<"]
+    stream = b"".join(output)
 
     def understand(*pieces: bytes) -> list[ProtocolEvent]:
         connection = Connection(NONCE, token=TOKEN)
@@ -69,7 +69,7 @@ def test_golden_conversations_from_the_hosts_side(name: str) -> None:
                     connection.open(Op.STAT)
         return events
 
-    ack = len(said[0])
+    ack = len(output[0])
     whole = understand(stream[:ack], stream[ack:])
     assert isinstance(whole[0], Greeted)
     for cut in range(ack, len(stream)):

@@ -228,8 +228,8 @@ async def test_a_port_of_another_program(lab: Lab) -> None:
         await service.delete("site")
         assert copies
         await service.create(request("again", "a.b", port=81))
-        for each in copies:
-            each.close()
+        for copy in copies:
+            copy.close()
         assert (await ask("c.d", port=81)).endswith(" 404")
         await service.delete("again")
     await end_engines(folder / "engines")

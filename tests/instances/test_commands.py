@@ -348,7 +348,7 @@ async def test_the_rest_of_a_restore_leaves_the_command_alone_that_came_first(
             await task.perform(None, nothing)
             intent = instances.ledger.intent(task.record.id)
             assert (intent is not None and intent.operation is Operation.PARK) is fails
-            assert not [each for each in caplog.records if each.levelname == "ERROR"]
+            assert not [record for record in caplog.records if record.levelname == "ERROR"]
             monkeypatch.undo()
             await clean_up(lab, instances)
 

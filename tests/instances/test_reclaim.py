@@ -91,7 +91,7 @@ async def test_no_guest_goes_below_the_floor(lab: Lab) -> None:
         answer = await instances.reclaim_memory(asked(100 * GIB))
         assert answer.requested_reclaim_bytes == 100 * GIB
         assert answer.applied_reclaim_bytes == 2 * GIB + GIB // 2
-        assert all(each.target_guest_memory_bytes == each.protected_floor_bytes for each in answer.actions)
+        assert all(action.target_guest_memory_bytes == action.protected_floor_bytes for action in answer.actions)
 
 
 async def test_zero_gives_all_back(lab: Lab) -> None:

@@ -31,7 +31,7 @@ async def test_many_readers_cost_one_reading_a_second(autojump_clock: trio.testi
     async with trio.open_nursery() as nursery:
         for _ in range(20):
             nursery.start_soon(sampler.get)
-    found = {one.instance_id: one for one in (await sampler.get()).instances}
+    found = {instance.instance_id: instance for instance in (await sampler.get()).instances}
     assert len(read) == 1
     assert set(found) == {"runs", "gone"}
     assert found["runs"].memory_rss_bytes > 2**20
@@ -56,7 +56,7 @@ async def test_a_vmm_began_when_its_process_did(autojump_clock: trio.testing.Moc
             sampler = Sampler(lambda: [record, gone], dict, lambda: datetime.now(UTC))
             for _ in range(2):
                 await trio.sleep(PERIOD)
-                found = {one.instance_id: one for one in (await sampler.get()).instances}
+                found = {instance.instance_id: instance for instance in (await sampler.get()).instances}
                 times.add(found["runs"].vmm_started_at)
                 assert found["gone"].vmm_started_at is UNSET
         process.kill()

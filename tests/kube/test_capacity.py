@@ -22,7 +22,7 @@ def resources(free: int) -> Resources:
 @pytest.mark.parametrize(("free", "pressure"), [(240, "False"), (50, "False"), (49, "True"), (0, "True")])
 def test_a_disk_of_which_much_is_promised_is_not_full(free: int, pressure: str) -> None:
     """Oversubscription multiplies the limit, not the disk."""
-    found = {each.type: each.status for each in conditions(resources(free), (), datetime.now(UTC))}
+    found = {condition.type: condition.status for condition in conditions(resources(free), (), datetime.now(UTC))}
     assert found["DiskPressure"] == pressure
 
 
@@ -36,6 +36,8 @@ def test_a_disk_of_which_much_is_promised_is_not_full(free: int, pressure: str) 
     ],
 )
 def test_a_clock_that_is_off_is_a_condition(ahead: float, status: str, text: str) -> None:
-    found = {each.type: each for each in conditions(resources(100), (), datetime.now(UTC), clock_ahead=ahead)}
+    found = {
+        condition.type: condition for condition in conditions(resources(100), (), datetime.now(UTC), clock_ahead=ahead)
+    }
     assert found["ClockSkewed"].status == status and text in found["ClockSkewed"].message
     assert found["Ready"].status == "True", "it works on"

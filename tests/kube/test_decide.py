@@ -231,13 +231,13 @@ def test_a_status_is_stable_and_final(known: Known, ready: bool, fails: bool) ->
     assert not differs(first, derive_status(later)), "nothing has changed"
     if known.pod.status.phase in ("Succeeded", "Failed"):
         assert first.phase == known.pod.status.phase
-    conditions = {each.type: each.status for each in first.conditions}
+    conditions = {condition.type: condition.status for condition in first.conditions}
     assert conditions["Ready"] == "False", "its gate is not open"
     assert msgspec.json.decode(msgspec.json.encode(first), type=PodStatus) == first
-    for each in first.container_statuses:
-        state = each.state
+    for status in first.container_statuses:
+        state = status.state
         assert sum(part is not None for part in (state.waiting, state.running, state.terminated)) == 1
-        assert not each.ready or state.running is not None
+        assert not status.ready or state.running is not None
 
 
 RUNS = 4

@@ -30,11 +30,15 @@ def test_every_owner_that_is_looked_up_may_be_read() -> None:
 
 def test_rights_are_bound_to_hosts_by_name() -> None:
     bindings = [each for each in manifest.of_cluster() if each["kind"] == "ClusterRoleBinding"]
-    wide = [each["roleRef"]["name"] for each in bindings if BROAD & {one["name"] for one in each["subjects"]}]
+    wide = [
+        binding["roleRef"]["name"]
+        for binding in bindings
+        if BROAD & {subject["name"] for subject in binding["subjects"]}
+    ]
     assert wide == ["system:certificates.k8s.io:certificatesigningrequests:selfnodeclient"]
     [binding] = manifest.of_node("host1")
     assert binding["roleRef"]["name"] == manifest.ROLE
-    assert [one["name"] for one in binding["subjects"]] == ["system:node:host1"]
+    assert [subject["name"] for subject in binding["subjects"]] == ["system:node:host1"]
 
 
 def test_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ async def test_a_clock_that_is_off_is_a_condition_of_the_node(
     async with world.running():
         await world.until(lambda: world.phase(path) == "Running")
         await trio.sleep(400)
-        found = {each["type"]: each for each in world.cluster.objects[NODE_PATH]["status"]["conditions"]}
+        found = {condition["type"]: condition for condition in world.cluster.objects[NODE_PATH]["status"]["conditions"]}
     assert (found["ClockSkewed"]["status"], found["Ready"]["status"]) == (status, "True")
 
 
@@ -73,7 +73,7 @@ async def test_the_node_registers_and_renews_its_lease(world: World, autojump_cl
         assert node["metadata"]["labels"]["hypeman.dev/host"] == "true"
         status = node["status"]
         assert (status["capacity"]["cpu"], status["capacity"]["memory"]) == ("16", f"{64 << 20}Ki")
-        assert {each["type"]: each["status"] for each in status["conditions"]}["Ready"] == "True"
+        assert {condition["type"]: condition["status"] for condition in status["conditions"]}["Ready"] == "True"
         assert status["declaredFeatures"] == ["ExtendWebSocketsToKubelet"]
         assert status["addresses"][0] == {"type": "InternalIP", "address": "192.0.2.7"}
         before = world.cluster.objects[lease]["spec"]["renewTime"]
@@ -127,7 +127,7 @@ async def test_a_node_that_was_marked_as_gone_takes_it_back(world: World, autoju
     async with world.running():
         await world.until(lambda: ready() == "True")
         node = world.cluster.objects[NODE_PATH]
-        marked = [{**each, "status": "Unknown"} for each in node["status"]["conditions"]]
+        marked = [{**condition, "status": "Unknown"} for condition in node["status"]["conditions"]]
         world.cluster.put(NODE_PATH, {**node, "status": {**node["status"], "conditions": marked}})
         assert ready() == "Unknown"
         await world.until(lambda: ready() == "True", seconds=30)
@@ -154,7 +154,7 @@ async def test_a_pod_becomes_an_instance_and_is_deleted(world: World, autojump_c
         assert instance["tags"]["kubernetes.io/pod-uid"] == uid
         status = world.status(path)
         assert (status["podIP"], status["hostIP"]) == ("10.0.0.1", "192.0.2.7")
-        assert {each["type"]: each["status"] for each in status["conditions"]}["Ready"] == "True"
+        assert {condition["type"]: condition["status"] for condition in status["conditions"]}["Ready"] == "True"
         assert status["containerStatuses"][0]["containerID"] == f"hypeman://{instance['id']}"
         assert {"Pulling", "Pulled", "Created", "Started"} <= set(world.reasons())
         world.cluster.delete_pod(path, grace=7)
@@ -190,11 +190,11 @@ async def test_configuration_and_secrets_become_environment_and_files(world: Wor
         assert asked["env"]["P_MODE"] == "fast" and asked["env"]["KEY"] == "hunter2"
         (archive,) = world.host.archives.values()
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-            found = {each.name: each for each in tar.getmembers()}
+            found = {member.name: member for member in tar.getmembers()}
             assert tar.extractfile("d/a.conf").read() == b"x=1"  # type: ignore[union-attr]
             assert tar.extractfile("token").read() == b"token-of-default"  # type: ignore[union-attr]
         assert found["key"].mode == 0o640 and found["d"].isdir()
-        assert sorted(each["size_gb"] for each in world.host.volumes.values()) == [1, 3]
+        assert sorted(volume["size_gb"] for volume in world.host.volumes.values()) == [1, 3]
         world.cluster.delete_pod(path)
         await world.until(lambda: world.phase(path) == "gone")
         assert not world.host.volumes, "they lived as long as the pod"
@@ -457,7 +457,9 @@ async def test_a_warm_pool_is_forked_from_one_boot(world: World, autojump_clock:
     ]  # fmt: skip
     async with world.running():
         await world.until(lambda: all(world.phase(path) == "Running" for path in paths))
-        states = sorted((each["name"].split("-")[0], each["state"]) for each in world.host.instances.values())
+        states = sorted(
+            (instance["name"].split("-")[0], instance["state"]) for instance in world.host.instances.values()
+        )
         assert states == [("golden", "Standby"), *[("warm", "Running")] * 3]
         assert world.host.calls.count("POST /instances") == 1
         for path in paths:
@@ -550,9 +552,9 @@ async def test_one_orphan_that_stays_does_not_keep_the_others(world: World, auto
         world.cluster.remove(path)
     async with world.running():
         await world.until(lambda: not world.host.named("web"))
-        assert [each["state"] for each in world.host.instances.values()] == ["Running"]
+        assert [instance["state"] for instance in world.host.instances.values()] == ["Running"]
         world.host.broken_verbs["standby"] = (501, "not_supported")
-        await world.until(lambda: [each["state"] for each in world.host.instances.values()] == ["Stopped"])
+        await world.until(lambda: [instance["state"] for instance in world.host.instances.values()] == ["Stopped"])
 
 
 @pytest.mark.parametrize("grace", [1, 7200])
@@ -613,7 +615,7 @@ async def test_a_pod_that_is_not_restarted_fails_with_its_startup_probe(
     async with world.running():
         await world.until(lambda: world.phase(path) == "Failed", seconds=300)
         assert world.status(path)["reason"] == "Unhealthy"
-        await world.until(lambda: all(each["state"] == "Stopped" for each in world.host.instances.values()))
+        await world.until(lambda: all(instance["state"] == "Stopped" for instance in world.host.instances.values()))
 
 
 async def test_a_change_is_the_matter_of_one_pod(
@@ -741,7 +743,7 @@ async def test_an_api_server_that_is_away_for_a_minute_changes_nothing(world: Wo
         world.cluster.faults.away = False
         late = world.add_pod("late")
         await world.until(lambda: world.phase(late) == "Running")
-        assert {each["state"] for each in world.host.instances.values()} == {"Running"}
+        assert {instance["state"] for instance in world.host.instances.values()} == {"Running"}
         assert not [call for call in world.host.calls if call.endswith(("standby", "stop"))]
 
 

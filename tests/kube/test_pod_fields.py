@@ -98,7 +98,7 @@ def test_all_that_is_known_is_published() -> None:
     assert not set(known(CLAIM, ClaimSpec))
 
 
-@pytest.mark.parametrize(("path", "type_", "says"), [each for each in claim_fields() if each[2] != READ])
+@pytest.mark.parametrize(("path", "type_", "says"), [field for field in claim_fields() if field[2] != READ])
 def test_what_is_not_read_of_a_claim(path: str, type_: str, says: str) -> None:
     assert says == "refused", "a volume that is not what was asked for is none"
     *steps, last = path.removeprefix("spec.").split(".")
@@ -111,7 +111,7 @@ def test_what_is_not_read_of_a_claim(path: str, type_: str, says: str) -> None:
     assert what_is_wrong(PersistentVolumeClaim(spec=spec), StorageClass()).startswith(f"{path}: ")
 
 
-@pytest.mark.parametrize(("path", "type_", "says"), [each for each in fields() if each[2] != READ])
+@pytest.mark.parametrize(("path", "type_", "says"), [field for field in fields() if field[2] != READ])
 def test_what_is_not_read(path: str, type_: str, says: str) -> None:
     """Refused or noted by its path, or of no consequence."""
     value = False if path.endswith("allowPrivilegeEscalation") else sample(type_)
@@ -301,7 +301,7 @@ def test_what_is_read_changes_what_is_made(path: str) -> None:
     if path.endswith(".optional"):
         changed = [(absent(spec, path, False), absent(spec, path, True))]
     else:
-        changed = [(spec, each) for each in variants(spec, path)]
+        changed = [(spec, variant) for variant in variants(spec, path)]
     assert changed, f"everything() has no {path}"
     assert any(observed(before) != observed(after) for before, after in changed)
 

@@ -60,7 +60,9 @@ class World:
 
     def describe(self) -> str:
         pods = {path: each.get("status") for path, each in self.cluster.objects.items() if "/pods/" in path}
-        instances = [(each["name"], each["state"], each["tags"]) for each in self.host.instances.values()]
+        instances = [
+            (instance["name"], instance["state"], instance["tags"]) for instance in self.host.instances.values()
+        ]
         return f"{pods} {instances} {self.cluster.events()}"
 
     def add_pod(self, name: str = "web", **fields: Any) -> str:

@@ -24,17 +24,17 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MetalHost]:
 def test_vmms_are_held(host: MetalHost) -> None:
     """What processes and memory they may have (processors: test_neighbour.py). In one run: the start of pytest takes
     longer than each."""
-    said = vmm_host.run_tests(host, "tests/metal/limits_inside.py -k 'processes or memory'", seconds=PATIENCE)
-    assert "2 passed" in said, said
+    output = vmm_host.run_tests(host, "tests/metal/limits_inside.py -k 'processes or memory'", seconds=PATIENCE)
+    assert "2 passed" in output, output
 
 
 def test_a_guest_runs_under_the_units(host: MetalHost) -> None:
     """The walls that they build around the server and the VMMs are in nobody's way."""
     try:
         host.check("systemctl start hypeman", timeout=PATIENCE)
-        said = host.check("cd /opt/hypeman && python3 -m tests.metal.under_units", timeout=PATIENCE)
-        print(said)
-        assert "under the units: ok" in said, said
+        output = host.check("cd /opt/hypeman && python3 -m tests.metal.under_units", timeout=PATIENCE)
+        print(output)
+        assert "under the units: ok" in output, output
     except AssertionError as error:
         error.add_note(host.run("journalctl --no-pager -o cat -u hypeman -u hypeman-vms | tail -60").output)
         raise

@@ -27,11 +27,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MetalHost]:
 
 
 def test_a_vmm_is_held_to_its_processors(host: MetalHost) -> None:
-    said = vmm_host.run_tests(host, f"{INSIDE} -k processors", seconds=3600)
-    assert "1 passed" in said, said
+    output = vmm_host.run_tests(host, f"{INSIDE} -k processors", seconds=3600)
+    assert "1 passed" in output, output
 
 
 def test_a_neighbour_is_spared(host: MetalHost) -> None:
-    said = vmm_host.run_tests(host, f"{INSIDE} -k neighbour", seconds=3600, HYPEMAN_TEST_HYPERVISOR="qemu")
-    log.info("%s", "\n".join(line for line in said.splitlines() if " times" in line))
-    assert "1 passed" in said, said
+    output = vmm_host.run_tests(host, f"{INSIDE} -k neighbour", seconds=3600, HYPEMAN_TEST_HYPERVISOR="qemu")
+    log.info("%s", "\n".join(line for line in output.splitlines() if " times" in line))
+    assert "1 passed" in output, output

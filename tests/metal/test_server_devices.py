@@ -34,5 +34,5 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MetalHost]:
 @pytest.mark.parametrize("what", ["nvme", "vgpu"])
 def test_of_the_whole_server(what: str, host: MetalHost) -> None:
     selection = f"tests/real/test_devices.py -k {what}"
-    said = vmm_host.run_tests(host, selection, seconds=PATIENCE, HYPEMAN_TEST_HYPERVISOR="qemu")
-    assert "1 passed" in said and "skipped" not in said, said
+    output = vmm_host.run_tests(host, selection, seconds=PATIENCE, HYPEMAN_TEST_HYPERVISOR="qemu")
+    assert "1 passed" in output and "skipped" not in output, output

@@ -50,8 +50,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("kind", WANTED, indirect=True)
 @pytest.mark.parametrize("module", ["test_conformance", "test_real_agent"])
 def test_on_real_kvm(kind: str, module: str, host: MetalHost) -> None:
-    said = vmm_host.run_tests(host, f"tests/hypervisor/{module}.py -k 'real and {kind}'", seconds=PATIENCE)
-    check_ran(said)
+    output = vmm_host.run_tests(host, f"tests/hypervisor/{module}.py -k 'real and {kind}'", seconds=PATIENCE)
+    check_ran(output)
 
 
 @pytest.mark.parametrize("kind", ["cloud-hypervisor"], indirect=True)
@@ -64,8 +64,8 @@ def test_landlock(kind: str, host: MetalHost) -> None:
 def test_whole_server(kind: str, module: str, host: MetalHost) -> None:
     points = os.environ.get("KILL_POINTS", "1")
     selection = f"tests/real/{module}.py -k '{OF_WHOLE_SERVER[module] or module}'"
-    said = vmm_host.run_tests(host, selection, seconds=PATIENCE, HYPEMAN_TEST_HYPERVISOR=kind, KILL_POINTS=points)
-    check_ran(said)
+    output = vmm_host.run_tests(host, selection, seconds=PATIENCE, HYPEMAN_TEST_HYPERVISOR=kind, KILL_POINTS=points)
+    check_ran(output)
 
 
 def check_ran(said: str) -> None:

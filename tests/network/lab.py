@@ -67,24 +67,24 @@ def in_namespace(test: Callable[..., Awaitable[None] | None]) -> Callable[[], No
         if os.geteuid() != 0:
             pytest.skip("requires root for a network namespace")
         command = ["unshare", "--net", "--mount", sys.executable, "-W", "error", "-m", "tests.network.lab"]
-        done = subprocess.run(
+        result = subprocess.run(
             [*command, inspect.getfile(test), test.__name__],
             env=os.environ | {_INSIDE: "1"}, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
-        if done.returncode:
-            pytest.fail(done.stdout[-4000:] + done.stderr[-8000:], pytrace=False)
-        if done.stdout:
-            print(done.stdout)
+        if result.returncode:
+            pytest.fail(result.stdout[-4000:] + result.stderr[-8000:], pytrace=False)
+        if result.stdout:
+            print(result.stdout)
 
     run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
     return run  # not functools.wraps: through __wrapped__ pytest would look for the fixtures of the test itself
 
 
 def sh(command: str, *, check: bool = True) -> str:
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    if check and done.returncode:
-        raise AssertionError(f"{command}: {done.stderr}")
-    return done.stdout
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    if check and result.returncode:
+        raise AssertionError(f"{command}: {result.stderr}")
+    return result.stdout
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:

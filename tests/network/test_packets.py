@@ -468,7 +468,7 @@ async def test_mode_all_mediates_the_web_and_refuses_all_other_tcp(lab: Lab) -> 
     for port in (22, 53, 8443):
         guest.send_tcp(SERVER, port)
         await guest.expect_reset(port)
-    assert [each.protocol for each in await lab.world_sees(guest)] == [UDP]
+    assert [packet.protocol for packet in await lab.world_sees(guest)] == [UDP]
 
 
 @in_namespace
@@ -507,7 +507,7 @@ async def test_without_a_proxy_the_web_is_refused_and_not_passed(lab: Lab) -> No
     guest = await lab.mediated()
     guest.send_tcp(SERVER, 443)
     await guest.expect_reset(443)
-    assert [each.protocol for each in await lab.world_sees(guest)] == [UDP]
+    assert [packet.protocol for packet in await lab.world_sees(guest)] == [UDP]
 
 
 @in_namespace
@@ -932,6 +932,6 @@ def _connects(uid: int, address: str, port: int) -> bool:
     program = (
         f"import os, socket; os.setresuid({uid}, {uid}, {uid}); socket.create_connection(('{address}', {port}), 5)"
     )
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0 or "refused" in done.stderr, done.stderr
-    return done.returncode == 0
+    result = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0 or "refused" in result.stderr, result.stderr
+    return result.returncode == 0

@@ -241,7 +241,7 @@ async def test_a_closed_guest_looks_up_allowed_names_only() -> None:
         rules = Rules()
         names = lab.network.names
         names.use(id_of=names._id_of, name_of=names._name_of, rules=rules)
-        (lease,) = [each for each in lab.network._leases.values() if each.ipv4 == "10.100.0.2"]
+        (lease,) = [lease for lease in lab.network._leases.values() if lease.ipv4 == "10.100.0.2"]
         await lab.network.set_egress(replace(lease, egress_mode=EgressMode.ALL, reach=Reach(closed=True)))
         for tcp in (False, True):
             assert await ask(web, "Example.COM", tcp=tcp) == [ELSEWHERE]

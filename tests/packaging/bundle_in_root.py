@@ -46,9 +46,9 @@ def create(folder: Path, name: str, appliance: Path) -> None:
 
 def hypeman(folder: Path, *words: object) -> str:
     environ = {"PATH": "/usr/bin:/bin", "HYPEMAN_UNPACK_DIR": str(folder / "unpacked")}
-    done = subprocess.run([program(), *map(str, words)], env=environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    result = subprocess.run([program(), *map(str, words)], env=environ, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def broken_appliance(folder: Path) -> Path:
@@ -99,11 +99,11 @@ def test_installs_without_a_network_and_goes_back_from_what_does_not_run(root: R
         hypeman exec edge-hello -- echo still here
         step rolled back
     """
-    done = root.run(script)
-    report = done.stdout + done.stderr
-    assert done.returncode == 0, report[-6000:]
-    assert [line for line in done.stdout.splitlines() if line.startswith("STEP")] == [
+    result = root.run(script)
+    report = result.stdout + result.stderr
+    assert result.returncode == 0, report[-6000:]
+    assert [line for line in result.stdout.splitlines() if line.startswith("STEP")] == [
         "STEP altered file refused", "STEP installed", "STEP instance runs", "STEP rolled back",
     ]  # fmt: skip
-    assert "exec works" in done.stdout and "still here" in done.stdout
-    assert "the previous version is running again" in done.stderr and "rolled-back: edge" in done.stdout
+    assert "exec works" in result.stdout and "still here" in result.stdout
+    assert "the previous version is running again" in result.stderr and "rolled-back: edge" in result.stdout

@@ -231,8 +231,8 @@ class OnMetal:
 
     def install(self, script: str) -> None:
         """Run the installer, which prints no token, mint one, and set up what the story needs."""
-        said = self.host.check(script, timeout=SLOW)
-        assert not re.search(r"\bey[\w-]+\.", said), f"a token in the installer's output: {said}"
+        output = self.host.check(script, timeout=SLOW)
+        assert not re.search(r"\bey[\w-]+\.", output), f"a token in the installer's output: {output}"
         self.token = self.host.check("hypeman token --user-id admin").strip()
         self.host.put({"/root/token": f"export HYPEMAN_API_KEY={self.token}\n".encode()})  # and not in each command
         self.wait_for_server()

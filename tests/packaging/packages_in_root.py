@@ -68,9 +68,9 @@ def test_a_package_by_the_readme(suite: str, kind: str, tmp_path: Path) -> None:
     with overlay(lower, tmp_path) as root:
         subprocess.run(["cp", package, root.path / "media"], check=True)
         (root.path / "media/hello.tar").write_bytes(busybox_archive())
-        done = root.run(script)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    assert [line.removeprefix("STEP ") for line in done.stdout.splitlines() if line.startswith("STEP")] == [
+        result = root.run(script)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+    assert [line.removeprefix("STEP ") for line in result.stdout.splitlines() if line.startswith("STEP")] == [
         "installed", "API and web UI answer", "instance runs", "instance outlives the reinstallation", "removed",
     ]  # fmt: skip
-    assert "exec works" in done.stdout and "still here" in done.stdout
+    assert "exec works" in result.stdout and "still here" in result.stdout

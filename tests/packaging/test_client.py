@@ -62,8 +62,8 @@ def test_it_talks_to_a_server(client: Path, server: Running) -> None:
     server.world.instances.add("web")
     listed = run(client, "--base-url", server.url, "ps", "--all")
     assert (listed.returncode, "web" in listed.stdout) == (0, True), listed.stderr
-    done = run(client, "--base-url", server.url, "exec", "-T", "web", "--", "echo", "hello")
-    assert (done.stdout, done.returncode) == ("hello\n", 0), done.stderr
+    result = run(client, "--base-url", server.url, "exec", "-T", "web", "--", "echo", "hello")
+    assert (result.stdout, result.returncode) == ("hello\n", 0), result.stderr
 
 
 def test_it_has_no_commands_that_need_the_server_program(client: Path) -> None:
@@ -84,7 +84,7 @@ def test_it_runs_where_posix_modules_are_missing(client: Path, server: Running) 
     unix = run(client, "--base-url", server.url, "ps", before=f"{windows}; del socket.AF_UNIX")
     assert (unix.returncode, "no unix sockets" in unix.stderr) == (1, True), unix.stderr
     token = f"{windows}; os.environ['HYPEMAN_API_KEY'] = {server.token!r}"
-    done = run(client, *base, "exec", "-i", "web", "--", "echo", "hello", before=token)
-    assert (done.stdout, done.returncode) == ("hello\n", 0), done.stderr
+    result = run(client, *base, "exec", "-i", "web", "--", "echo", "hello", before=token)
+    assert (result.stdout, result.returncode) == ("hello\n", 0), result.stderr
     tty = run(client, *base, "exec", "-t", "web", before=token)
     assert (tty.returncode, "not supported on this system" in tty.stderr) == (2, True), tty.stderr

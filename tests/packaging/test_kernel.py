@@ -71,8 +71,8 @@ def test_only_the_demo_falls_back_to_debians_kernel(tmp_path: Path, how: list[st
     (tmp_path / "apt-cache").chmod(0o755)
     environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [str(KERNEL / "choose"), *how, str(tmp_path / "out")]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True)
-    assert done.returncode != 0 and done.stderr.startswith(asks), done.stderr
+    result = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert result.returncode != 0 and result.stderr.startswith(asks), result.stderr
     assert not (tmp_path / "out").exists()
 
 

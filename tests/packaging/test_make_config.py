@@ -118,8 +118,8 @@ def test_checksums_are_signed_with_a_key(tmp_path: Path) -> None:
             "-n",
             "hypeman-release",
         ]
-        done = subprocess.run([*command, "-s", dist / "SHA256SUMS.sig"], input=sums.read_bytes(), timeout=60)
-        return done.returncode == 0
+        result = subprocess.run([*command, "-s", dist / "SHA256SUMS.sig"], input=sums.read_bytes(), timeout=60)
+        return result.returncode == 0
 
     assert verified()
     sums.write_text("11  hypeman\n")

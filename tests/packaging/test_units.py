@@ -39,15 +39,15 @@ def test_exposure_is_what_the_document_says(unit: str) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
     security = ["systemd-analyze", "security", "--offline=true", str(UNITS / f"{unit}.service")]
-    said = subprocess.run(security, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"})
-    score = re.search(r"Overall exposure level for \S+: ([0-9.]+)", said.stdout)
-    assert score is not None, said
+    result = subprocess.run(security, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"})
+    score = re.search(r"Overall exposure level for \S+: ([0-9.]+)", result.stdout)
+    assert score is not None, result
     document = DOCUMENT.read_text()
     promised = re.search(rf"`{unit}\.service` ([0-9.]+)", document)
     assert promised is not None
     assert float(score[1]) <= float(promised[1]) + 0.1, "settings that were there are missing"
     found = subprocess.run([*security, "--json=short"], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
-    missing = [each["name"] for each in json.loads(found.stdout) if each["set"] is False and each["exposure"]]
+    missing = [check["name"] for check in json.loads(found.stdout) if check["set"] is False and check["exposure"]]
     table = document.partition("## The units")[2]
     assert missing and [name for name in missing if not any(word in table for word in words(name))] == []
 

@@ -66,12 +66,12 @@ async def test_all_agrees_in_the_end(
     async with keeping(lab) as kept:
         await kept.sleep(400)
         check_agreement(kept, count)
-        assert woken > count and {each.state for each in kept.instances.board.records()} == {STANDBY}
+        assert woken > count and {record.state for record in kept.instances.board.records()} == {STANDBY}
         for number in range(0, count, 2):
             arrive(kept, f"vm{number}")
         await kept.quiet()
         check_agreement(kept, count)
-        assert sum(each.state is RUNNING for each in kept.instances.board.records()) == count // 2
+        assert sum(record.state is RUNNING for record in kept.instances.board.records()) == count // 2
 
 
 def arrive(kept: Kept, name: str) -> None:
@@ -129,17 +129,19 @@ DEEDS: list[Deed] = [
 
 def check_agreement(kept: Kept, count: int) -> None:
     lab, records = kept.lab, list(kept.instances.board.records())
-    running = {each.id for each in records if each.state is RUNNING}
-    asleep = {each.id for each in records if each.state is STANDBY}
-    assert running | asleep == {each.id for each in records} and len(records) == count
+    running = {record.id for record in records if record.state is RUNNING}
+    asleep = {record.id for record in records if record.state is STANDBY}
+    assert running | asleep == {record.id for record in records} and len(records) == count
     assert sorted(each.config.instance_id for each in lab.machine.alive()) == sorted(running)
     assert set(lab.network.taps.there) == running and set(lab.network.held.there) == asleep
     captures = {path.name for path in (lab.paths.data_dir / "captures").iterdir()}
-    assert captures == {each.capture for each in records if each.capture is not None} and len(captures) == len(asleep)
+    assert captures == {record.capture for record in records if record.capture is not None} and len(captures) == len(
+        asleep
+    )
     leases = lab.store.read(all_leases)
-    assert len({each.ipv4 for each in leases}) == len({each.cid for each in leases}) == len(leases) == count
+    assert len({lease.ipv4 for lease in leases}) == len({lease.cid for lease in leases}) == len(leases) == count
     holdings = dict(lab.store.read(lambda txn: list(txn.scan(HOLDINGS))))
     for record in records:
         assert holdings[record.id] == holding_of(record, running=record.id in running), record.name
     totals = dict(lab.store.read(lambda txn: list(txn.scan(TOTALS))))
-    assert sum(each.memory for each in totals.values()) == sum(each.memory for each in holdings.values())
+    assert sum(total.memory for total in totals.values()) == sum(holding.memory for holding in holdings.values())

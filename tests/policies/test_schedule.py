@@ -168,11 +168,11 @@ async def test_a_failure_is_reported_and_deletes_nothing(lab: ClockedLab, clock:
         await kept.sleep(60)
         shown = await kept.policies.get_schedule("one")
         assert shown.last_error == "no room" and shown.last_snapshot_id == first.id
-        assert [one.id for one in await snapshots(kept)] == [first.id]
+        assert [snapshot.id for snapshot in await snapshots(kept)] == [first.id]
         await kept.sleep(60)
         shown = await kept.policies.get_schedule("one")
         assert shown.last_error is None
-        assert [one.id for one in await snapshots(kept)] == [shown.last_snapshot_id]
+        assert [snapshot.id for snapshot in await snapshots(kept)] == [shown.last_snapshot_id]
         await kept.policies.delete_schedule("one")
         assert kept.events("schedule_set", "scheduled_snapshot_failed", "schedule_deleted") == [
             ("schedule_set", {"interval": "1m"}),

@@ -308,10 +308,10 @@ class Appliance:
     async def cli(self, *arguments: str, stdin: bytes = b"") -> tuple[int, str]:
         """Exit code and output of the command line client."""
         argv = [sys.executable, "-m", "hypeman", "--base-url", f"unix://{self.socket}", *arguments]
-        done = await trio.run_process(
+        result = await trio.run_process(
             argv, stdin=stdin, capture_stdout=True, capture_stderr=True, check=False, cwd=ROOT
         )
-        return done.returncode, (done.stdout + done.stderr).decode()
+        return result.returncode, (result.stdout + result.stderr).decode()
 
     # What lies about
 

@@ -18,12 +18,12 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 async def backup(verb: str, file: Path, appliance: Appliance) -> str:
     argv = [sys.executable, "-m", "hypeman", "backup", verb, str(file)]
     environment = {**os.environ, "DATA_DIR": str(appliance.data), "RUN_DIR": str(appliance.socket.parent)}
-    done = await trio.run_process(
+    result = await trio.run_process(
         argv, env=environment, cwd=ROOT, capture_stdout=True, stderr=subprocess.STDOUT, check=False
     )
-    said = done.stdout.decode()
-    assert done.returncode == 0, said
-    return said
+    output = result.stdout.decode()
+    assert result.returncode == 0, output
+    return output
 
 
 async def test_a_new_host_continues_from_the_backup(directory: Path) -> None:

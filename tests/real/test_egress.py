@@ -126,14 +126,14 @@ def debian_with_programs() -> Path:
     if not DEBIAN.exists():
         DEBIAN.parent.mkdir(parents=True, exist_ok=True)
         layer = DEBIAN.with_suffix(".layer.tar")
-        done = subprocess.run(
+        result = subprocess.run(
             [
                 "mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(layer),
             ],
             capture_output=True, text=True,
         )  # fmt: skip
-        if done.returncode != 0:
-            pytest.skip(f"a Debian image cannot be made here: {done.stderr.strip().splitlines()[-1:]}")
+        if result.returncode != 0:
+            pytest.skip(f"a Debian image cannot be made here: {result.stderr.strip().splitlines()[-1:]}")
         _save(layer, DEBIAN)
         layer.unlink()
     return DEBIAN
@@ -368,7 +368,7 @@ async def _check_operators_see(appliance: Appliance) -> None:
     with trio.fail_after(20):  # records come at most four times a second
         while len(records := await _requests(appliance)) < 3:
             await trio.sleep(0.1)
-    injected = [one for one in records if one["kind"] == "request" and one["host"] == HOST]
+    injected = [record for record in records if record["kind"] == "request" and record["host"] == HOST]
     reported = {(one["host"], one["method"], one["status"], one["reason"]) for one in injected}
     assert reported == {(HOST, "GET", 200, "ok")}
     assert all(one["injected"] and one["credentials"] == ["API_KEY"] for one in injected)
@@ -392,8 +392,8 @@ def _places_with(appliance: Appliance, needle: bytes) -> list[Path]:
     ]
     assert memories
     places = map(str, (appliance.directory, *memories))
-    done = subprocess.run(["grep", "-rlFa", "--", needle.decode(), *places], capture_output=True, text=True)
-    return [Path(line) for line in done.stdout.splitlines()]
+    result = subprocess.run(["grep", "-rlFa", "--", needle.decode(), *places], capture_output=True, text=True)
+    return [Path(line) for line in result.stdout.splitlines()]
 
 
 async def test_what_is_not_mediated_is_refused_at_once(mediated: Appliance) -> None:

@@ -30,9 +30,9 @@ def directory() -> Iterator[Path]:
 def curl(where: Namespace, address: str, port: int) -> str:
     """The page, or "" if the name is unknown or the connection is refused."""
     command = ["curl", "-sS", "--noproxy", "*", "--max-time", f"{PATIENCE:.0f}", f"http://{address}:{port}/"]
-    done = subprocess.run(where.command(*command), capture_output=True, text=True)
-    assert done.returncode in (0, 6, 7), done.stderr
-    return done.stdout
+    result = subprocess.run(where.command(*command), capture_output=True, text=True)
+    assert result.returncode in (0, 6, 7), result.stderr
+    return result.stdout
 
 
 async def serving(where: Namespace, address: str, port: int) -> None:

@@ -68,7 +68,7 @@ async def test_metrics_and_export(directory: Path) -> None:
 
 def trace_ids(received: Path) -> list[str]:
     bodies = [body for path, body in got(received) if path == "/v1/traces"]
-    return [span["traceId"] for one in bodies for span in one["resourceSpans"][0]["scopeSpans"][0]["spans"]]
+    return [span["traceId"] for body in bodies for span in body["resourceSpans"][0]["scopeSpans"][0]["spans"]]
 
 
 def stems(name: str) -> list[str]:

@@ -94,16 +94,16 @@ async def ask(namespace: Namespace, kind: str, address: str, port: int, text: st
     """What a peer in ``namespace`` gets for ``text``."""
     with trio.fail_after(PATIENCE):
         argv = namespace.command("python3", "-c", PEER, kind, address, str(port), text)
-        done = await trio.run_process(argv, capture_stdout=True, capture_stderr=True, check=False)
+        result = await trio.run_process(argv, capture_stdout=True, capture_stderr=True, check=False)
         while await _connections(namespace, address):
             await trio.sleep(0.05)  # what is sent again when the guest is in standby would wake it
-    return (done.stdout or done.stderr.splitlines()[-1]).decode().strip()
+    return (result.stdout or result.stderr.splitlines()[-1]).decode().strip()
 
 
 async def _connections(namespace: Namespace, address: str) -> bytes:
     argv = namespace.command(*["ss", "-Hnt", "state", "connected", "exclude", "time-wait", "dst"], address)
-    done = await trio.run_process(argv, capture_stdout=True)
-    return done.stdout
+    result = await trio.run_process(argv, capture_stdout=True)
+    return result.stdout
 
 
 async def woken_by(appliance: Appliance, *, before: Any = None) -> str:

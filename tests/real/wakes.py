@@ -173,10 +173,10 @@ async def _tcp(place: Place, text: str) -> str:
 async def _ssh(place: Place, text: str, key: Path) -> str:
     command = ["ip", "netns", "exec", place.namespace, "dbclient", "-y", "-y", "-K", "5", "-i", str(key)]
     command += ["-p", str(place.ports["ssh"]), f"root@{place.address}", f"echo {text}"]
-    done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
-    if done.returncode:
-        raise Reported(done.stderr.decode().strip().splitlines()[-1])
-    return done.stdout.decode().strip()
+    result = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
+    if result.returncode:
+        raise Reported(result.stderr.decode().strip().splitlines()[-1])
+    return result.stdout.decode().strip()
 
 
 # Wakes
@@ -355,7 +355,9 @@ class Wakes:
 
     async def _kill_one_vmm(self) -> bool:
         """And wait until its restart policy has brought it back. False if there was none, or it had just ended."""
-        found = {(await self._appliance.get(f"/instances/{each.name}"))["id"]: each.name for each in self._targets}
+        found = {
+            (await self._appliance.get(f"/instances/{target.name}"))["id"]: target.name for target in self._targets
+        }
         pids = {pid: Path(run).name for pid, run in self._appliance.vmms().items() if Path(run).name in found}
         if not pids:
             return False
@@ -464,8 +466,8 @@ def guest_namespace(prefix: str, offset: int, programs: Path) -> Iterator[str]:
     try:
         subprocess.run(["ip", "netns", "exec", name, "sh", "-ec", "\n".join(commands)], check=True)
         with open(programs / "guests.log", "ab") as log:
-            for each in services:
-                argv = ["ip", "netns", "exec", name, "sh", "-c", each]
+            for service in services:
+                argv = ["ip", "netns", "exec", name, "sh", "-c", service]
                 started.append(subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True))
         yield name
     finally:

@@ -46,7 +46,7 @@ class Client:
         self._command = command
 
     async def run(self, *arguments: str, stdin: str = "") -> str:
-        done = await trio.run_process(
+        result = await trio.run_process(
             [*self._command, *arguments],
             stdin=stdin.encode(),
             capture_stdout=True,
@@ -55,8 +55,8 @@ class Client:
             cwd=self._home,
             env={**os.environ, "HOME": str(self._home), "XDG_RUNTIME_DIR": str(self._home)},
         )
-        assert done.returncode == 0, f"{arguments}: {done.stderr.decode()}"
-        return done.stdout.decode()
+        assert result.returncode == 0, f"{arguments}: {result.stderr.decode()}"
+        return result.stdout.decode()
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ async def test_oras(served: Served, tmp_path: Path) -> None:
     await oras.run("push", "--plain-http", "--artifact-type", "application/x.file", remote, "file")
     await oras.run("attach", "--plain-http", "--artifact-type", "application/x.sbom", remote, "bill")
     found = json.loads(await oras.run("discover", "--plain-http", "--format", "json", remote))
-    assert [each["artifactType"] for each in found["referrers"]] == ["application/x.sbom"]
+    assert [referrer["artifactType"] for referrer in found["referrers"]] == ["application/x.sbom"]
     await oras.run("pull", "--plain-http", "-o", "back", remote)
     assert (tmp_path / "back/file").read_text() == "content"
     assert await served.images.list() == []

@@ -48,9 +48,9 @@ class Served:
         if shutil.which("skopeo") is None:
             pytest.skip("skopeo is not installed")
         command = ["skopeo", "--insecure-policy", *arguments]
-        done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
-        assert done.returncode == 0, done.stderr.decode()
-        return done.stdout.decode()
+        result = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
+        assert result.returncode == 0, result.stderr.decode()
+        return result.stdout.decode()
 
 
 @pytest.fixture

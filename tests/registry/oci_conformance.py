@@ -40,9 +40,11 @@ async def test_the_conformance_suite(served: Served, tmp_path: Path) -> None:
         "OCI_DATA_SHA512": "false",  # the specification lets registries choose; blobs here have sha256 digests
     }
     with trio.fail_after(300):
-        done = await trio.run_process([build()], env=environment, capture_stdout=True, capture_stderr=True, check=False)
+        result = await trio.run_process(
+            [build()], env=environment, capture_stdout=True, capture_stderr=True, check=False
+        )
     cases = list(ElementTree.parse(tmp_path / "junit.xml").iter("testcase"))
     failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [case.get("name") for case in cases if case.find("skipped") is not None]
     print(f"{len(cases)} cases, {len(failed)} failed, {len(skipped)} skipped")
-    assert len(cases) > 50 and not failed, (failed, done.stdout.decode()[-3000:], done.stderr.decode()[-1000:])
+    assert len(cases) > 50 and not failed, (failed, result.stdout.decode()[-3000:], result.stderr.decode()[-1000:])

@@ -58,7 +58,7 @@ async def test_every_other_route_requires_a_token_and_its_scope(client: Client, 
     response = await client(operation.method, path, json=None)
     await failure(response, 401, "Unauthorized")
     assert response.headers["WWW-Authenticate"] == "Bearer"
-    others = {scope for one in OPERATIONS for scope in one.scopes} - {*operation.scopes}
+    others = {scope for operation in OPERATIONS for scope in operation.scopes} - {*operation.scopes}
     token = mint(SECRET, subject="narrow", scopes=[str(scope) for scope in others])
     response = await client(operation.method, path, json=None, headers={"Authorization": f"Bearer {token}"})
     message = await failure(response, 403, "Forbidden")
@@ -391,7 +391,7 @@ async def test_one_line_a_request_and_no_secret(
     await ask("GET", "/instances/web")
     await ask("GET", "/nowhere")
     lines = [record for record in caplog.records if record.name == "hypeman.http"]
-    assert [(one.method, one.route, one.status) for one in lines] == [  # type: ignore[attr-defined]
+    assert [(line.method, line.route, line.status) for line in lines] == [  # type: ignore[attr-defined]
         ("POST", "/instances", 201),
         ("GET", "/instances/{id}", 200),
         ("GET", "unknown", 404),

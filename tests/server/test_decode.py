@@ -166,7 +166,11 @@ def integers(
 
 def test_no_integer_is_larger_than_clients_can_read_back() -> None:
     """Some are echoed, and a float that is made of 400 digits is an exception."""
-    asked = [(f"{one.method} {one.path}", kind) for one in OPERATIONS for kind in (one.body, one.query, one.form)]
+    asked = [
+        (f"{operation.method} {operation.path}", kind)
+        for operation in OPERATIONS
+        for kind in (operation.body, operation.query, operation.form)
+    ]
     asked += [(socket.path, message.form) for socket in WEBSOCKETS for message in socket.receives]
     found = {
         place: kind

@@ -57,5 +57,5 @@ def test_a_server_starts_without_it() -> None:
     program = (
         "import hypeman.app, sys; print([name for name in ('quart', 'werkzeug', 'jinja2') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "[]\n"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout == "[]\n"

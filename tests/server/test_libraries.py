@@ -156,7 +156,7 @@ async def test_the_connections_state_reaches_the_application() -> None:
 @pytest.mark.parametrize("library", ["hypercorn", "quart", "quart-trio"])
 def test_its_version_is_bounded_above(library: str) -> None:
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    [bound] = [one for one in dependencies if re.match(rf"{library}\b(?!-)", one)]
+    [bound] = [dependency for dependency in dependencies if re.match(rf"{library}\b(?!-)", dependency)]
     upper = re.search(r"<(\d+)\.(\d+)$", bound)
     assert upper is not None, f"{bound} has no upper bound"
     installed = tuple(int(part) for part in version(library).split(".")[:2])

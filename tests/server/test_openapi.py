@@ -56,7 +56,9 @@ def examples_of(operation: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     socket = operation.get("x-websocket", {"receives": [], "sends": []})
     described += [message for message in (*socket["receives"], *socket["sends"]) if "schema" in message]
     described += [
-        {"schema": one["schema"], "example": one["example"]} for one in operation["parameters"] if "example" in one
+        {"schema": parameter["schema"], "example": parameter["example"]}
+        for parameter in operation["parameters"]
+        if "example" in parameter
     ]
     return [(form["schema"], json.dumps(form["example"])) for form in described]
 

@@ -247,11 +247,11 @@ def told(caplog: pytest.LogCaptureFixture) -> list[Any]:
     standard = vars(logging.makeLogRecord({}))
     return [
         (
-            one.getMessage(),
-            {key: value for key, value in vars(one).items() if key not in standard and key not in varying},
+            record.getMessage(),
+            {key: value for key, value in vars(record).items() if key not in standard and key not in varying},
         )
-        for one in caplog.records
-        if one.name == "hypeman.http"
+        for record in caplog.records
+        if record.name == "hypeman.http"
     ]
 
 

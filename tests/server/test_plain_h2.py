@@ -82,7 +82,9 @@ async def test_responses_both_ways(app: ApiApp, world: FakeWorld, caplog: pytest
     world.instances.add("web", tags={"team": "x"})
     rng = random.Random(6)
     tokens = [mint(SECRET, subject="all"), mint(SECRET, subject="few", scopes=[str(Scope.INSTANCE_READ)]), "x.y.z"]
-    paths = [one.path for one in OPERATIONS if one.method == "GET" and one.path != "/events"] + ["/nowhere", "/health/"]
+    paths = [
+        operation.path for operation in OPERATIONS if operation.method == "GET" and operation.path != "/events"
+    ] + ["/nowhere", "/health/"]
     async with serving(app, app.plain) as (_, connect, _), serving(app, None) as (_, connect_quart, _):
         plain, quart = await connect(), await connect_quart()
         async with plain, quart:

@@ -274,7 +274,7 @@ async def test_copy_out(dial: Any, world: FakeWorld, monkeypatch: pytest.MonkeyP
     async with dial("/instances/web/cp") as client:
         await client.send(request(direction="from", guest_path="/d"))
         messages = await client.receive_all()
-    assert [json.loads(one) if isinstance(one, str) else one for one in messages] == [
+    assert [json.loads(message) if isinstance(message, str) else message for message in messages] == [
         header("d", is_dir=True, mode=0o755),
         {"type": "end", "final": False},
         header("d/f", size=10),

@@ -37,4 +37,4 @@ async def test_where_the_host_keeps_its_files_is_not_shown(ask: Any) -> None:
     with pytest.raises(OSError), traces.operation("POST /volumes"), traces.span("MakeDisk"):
         raise OSError("/var/lib/hypeman/volumes/v1/disk: no space")
     (failed,) = await (await ask("GET", "/traces")).get_json()
-    assert [failed["error"], *(each["error"] for each in failed["spans"])] == ["OSError: disk: no space"] * 3
+    assert [failed["error"], *(span["error"] for span in failed["spans"])] == ["OSError: disk: no space"] * 3

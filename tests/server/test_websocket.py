@@ -343,7 +343,7 @@ async def test_control_frames_while_only_we_send(dial: Dial, world: FakeWorld) -
         await stream.send_all(request(direction="from", guest_path="/x") + frame(PING, b"there?"))
         await trio.sleep(0.05)
         await stream.send_all(frame(CLOSE, b"\x03\xe8enough"))
-        found = [one for one in await answers(stream) if one[0] not in (TEXT, BINARY)]
+        found = [answer for answer in await answers(stream) if answer[0] not in (TEXT, BINARY)]
     assert found == [(PONG, b"there?"), (CLOSE, b"\x03\xe8enough")]
 
 

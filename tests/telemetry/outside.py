@@ -59,9 +59,9 @@ UNIT_TEST = {
 
 
 def promtool(*arguments: str, given: str = "") -> str:
-    done = subprocess.run(["promtool", *arguments], input=given, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    result = subprocess.run(["promtool", *arguments], input=given, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
 
 
 @pytest.fixture

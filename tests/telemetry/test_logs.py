@@ -134,8 +134,8 @@ def test_exit_waits_for_the_log_but_not_forever() -> None:
         "import logging, sys; from hypeman.telemetry.logs import setup_logs; setup_logs(); "
         "[logging.getLogger('a').info('x' * 1000) for _ in range(int(sys.argv[1]))]"
     )
-    done = subprocess.run([sys.executable, "-c", program, "50"], capture_output=True, timeout=60)
-    assert len(done.stderr.splitlines()) == 50
+    result = subprocess.run([sys.executable, "-c", program, "50"], capture_output=True, timeout=60)
+    assert len(result.stderr.splitlines()) == 50
     reading, writing = os.pipe()
     try:
         assert subprocess.run([sys.executable, "-c", program, "500"], stderr=writing, timeout=60).returncode == 0

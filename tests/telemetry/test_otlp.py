@@ -59,13 +59,13 @@ def test_spans(recorder: Recorder) -> None:
     with operation("POST /instances", about=about), pytest.raises(ValueError), span("launch"):
         raise ValueError("no\nmemory")
     [found] = decoded(render_spans({"service.name": "hypeman"}, ended), ExportTraceServiceRequest).resource_spans
-    assert [each.value.string_value for each in found.resource.attributes] == ["hypeman"]
+    assert [attribute.value.string_value for attribute in found.resource.attributes] == ["hypeman"]
     launch, whole = found.scope_spans[0].spans
     assert (whole.name, whole.kind, whole.status.code, whole.parent_span_id) == ("POST /instances", 2, 0, b"")
     assert (launch.kind, launch.status.code, launch.status.message) == (1, 2, "ValueError: no\\nmemory")
     assert launch.parent_span_id == whole.span_id and launch.trace_id == whole.trace_id
     assert whole.start_time_unix_nano <= launch.start_time_unix_nano <= launch.end_time_unix_nano
-    values = {each.key: each.value for each in whole.attributes}
+    values = {attribute.key: attribute.value for attribute in whole.attributes}
     assert (values["n"].int_value, values["x"].double_value, values["yes"].bool_value) == (3, 1.5, True)
 
 

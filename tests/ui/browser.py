@@ -58,10 +58,10 @@ def run_node(namespace: Namespace, script: str, base: str, *options: str, patien
         **settings,
     }
     command = namespace.command("node", *options, str(ROOT / "tests" / "ui" / script))
-    done = subprocess.run(command, cwd=BUILT, env=environment, capture_output=True, text=True, timeout=1800)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
-    return done.stdout
+    result = subprocess.run(command, cwd=BUILT, env=environment, capture_output=True, text=True, timeout=1800)
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-5_000:]
+    return result.stdout
 
 
 class Fakes(NamedTuple):

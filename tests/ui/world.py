@@ -293,7 +293,7 @@ class LiveInstances(FakeInstances):
 
     async def fork(self, ref: str, request: ForkInstanceRequest) -> Instance:
         source = self.find(ref)
-        if any(one.name == request.name for one in self.instances.values()):
+        if any(instance.name == request.name for instance in self.instances.values()):
             raise NameConflict(f"there is an instance {request.name} already")
         made = await super().fork(ref, request)
         made = self._change(made, image=source.image, created_at=datetime.now(UTC), vcpus=source.vcpus)
@@ -517,7 +517,7 @@ class LiveMetering(FakeMetering):
             begin=now - timedelta(days=9), end=now, cpu_seconds=0, memory_gb_hours=0, disk_gb_hours=0,
             network_rx_bytes=0, network_tx_bytes=0,
         )  # fmt: skip
-        living = [(one.id, one.name, one.tags or {}) for one in self._instances.instances.values()]
+        living = [(instance.id, instance.name, instance.tags or {}) for instance in self._instances.instances.values()]
         for number, (key, name, tags) in enumerate([*living, ("gone", "old-report", {})]):
             if query.instance not in ("", key, name):
                 continue
@@ -551,7 +551,9 @@ class HostView:
         self._instances = instances
 
     async def get(self) -> Resources:
-        living = [one for one in self._instances.instances.values() if one.state is InstanceState.RUNNING]
+        living = [
+            instance for instance in self._instances.instances.values() if instance.state is InstanceState.RUNNING
+        ]
 
         def status(kind: str, capacity: int, ratio: float, allocated: int) -> ResourceStatus:
             limit = int(capacity * ratio)
@@ -803,7 +805,7 @@ class LiveWorld(FakeWorld):
         number = 0
         while True:
             await trio.sleep(1.1)
-            if not self.quiet and any(one.name == "web" for one in self.instances.instances.values()):
+            if not self.quiet and any(instance.name == "web" for instance in self.instances.instances.values()):
                 number += 1
                 with (self.log_directory / "web-app.log").open("a") as log:
                     log.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {LINES[number % len(LINES)]}\n")

@@ -110,9 +110,11 @@ def config(session: Session) -> None:
     stack = _options().load()
     shown = [
         msgspec.structs.replace(
-            one, secrets=dict.fromkeys(one.secrets, "***"), build_secrets=dict.fromkeys(one.build_secrets, "***")
+            service,
+            secrets=dict.fromkeys(service.secrets, "***"),
+            build_secrets=dict.fromkeys(service.build_secrets, "***"),
         )
-        for one in stack.services
+        for service in stack.services
     ]
     session.show(msgspec.to_builtins(msgspec.structs.replace(stack, services=tuple(shown)), enc_hook=os.fspath))
 
@@ -402,13 +404,13 @@ class Up:
             case Act.DELETE, kind:
                 _delete(self._client, kind, action.name)
             case _, "volume":
-                self._volume(next(one for one in self._stack.volumes if one.name == action.name))
+                self._volume(next(volume for volume in self._stack.volumes if volume.name == action.name))
             case act, "instance":
                 self._instance(act, services[action.key])
             case act, _:
                 if act is Act.REPLACE:
                     _delete(self._client, "ingress", action.name)
-                ingress = next(one for one in services[action.key].ingresses if one.name == action.name)
+                ingress = next(ingress for ingress in services[action.key].ingresses if ingress.name == action.name)
                 labels = tags(self._stack, "ingress", action.key, ingress.body)
                 self._client.post("/ingresses", {**ingress.body, "tags": labels})
 
@@ -425,7 +427,7 @@ class Up:
 
     def _instance(self, act: Act, service: Service) -> None:
         for key, condition in service.depends_on.items():
-            self.wait_for(next(one for one in self._stack.services if one.key == key), condition)
+            self.wait_for(next(service for service in self._stack.services if service.key == key), condition)
         if act is Act.START:
             state = self._client.get(path_of(service.name))["state"]
             self._client.post(f"{path_of(service.name)}/{'restore' if state == 'Standby' else 'start'}")
@@ -435,7 +437,7 @@ class Up:
         if not service.build:
             ensure_image(self._client, str(service.body["image"]), service.body.get("platform"))
         volumes = {row["name"]: row["id"] for row in self._client.get("/volumes", tags={NAME_TAG: self._stack.name})}
-        volumes |= {one.name: self._external(one) for one in self._stack.volumes if one.external}
+        volumes |= {volume.name: self._external(volume) for volume in self._stack.volumes if volume.external}
         mounts = [{**mount, "volume_id": volumes[mount["volume_id"]]} for mount in service.mounts]
         labels = {**service.tags, **tags(self._stack, "instance", service.key, service.content)}
         body = {**service.body, **({"volumes": mounts} if mounts else {}), "tags": labels}

@@ -48,7 +48,9 @@ def plan_up(stack: Stack, found: Found, *, replace: bool = False, remove_orphans
     instances = {row["name"]: row for row in found.instances}
     ingresses = {row["name"]: row for row in found.ingresses}
     gone = [
-        row for row in found.ingresses if row["name"] not in {one.name for s in stack.services for one in s.ingresses}
+        row
+        for row in found.ingresses
+        if row["name"] not in {ingress.name for s in stack.services for ingress in s.ingresses}
     ]
     orphans = [row for row in found.instances if row["name"] not in {service.name for service in stack.services}]
     if remove_orphans or replace:

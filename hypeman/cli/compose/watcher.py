@@ -33,7 +33,7 @@ class Watcher:
     def __init__(self, session: Session, stack: Stack, keys: Sequence[str], rebuild: Callable[[Service], None]) -> None:
         self._session = session
         self._rebuild = rebuild
-        self._services = {each.key: each for each in stack.services if not keys or each.key in keys}
+        self._services = {service.key: service for service in stack.services if not keys or service.key in keys}
         self.rules = [rule for service in self._services.values() for rule in service.watch]
         self._applied = self._scan()
         self._last = self._applied

@@ -26,11 +26,11 @@ DEVICES = ("/dev/null", "/dev/urandom")
 def root_files(binary: str) -> tuple[str, ...]:
     """Files for ``Program.root_files``. Raises NotRunnable. Blocks for some 20 ms, once for each version of QEMU."""
     try:
-        said = subprocess.run([binary, "-L", "help"], capture_output=True, text=True, timeout=60, check=True).stdout
+        output = subprocess.run([binary, "-L", "help"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise NotRunnable(f"{binary} does not name its firmware: {error}") from None
     files = set(files_of(binary))
-    folders = [os.path.normpath(line) for line in said.splitlines() if line.startswith("/")]
+    folders = [os.path.normpath(line) for line in output.splitlines() if line.startswith("/")]
     for name in FIRMWARE:
         files.update(path for folder in folders if os.path.isfile(path := f"{folder}/{name}"))
     for name in _MODULES:

@@ -293,8 +293,8 @@ class Acme:
     async def _validate(self, ca: CA, name: str, url: str, order: OrderView, attempt: int) -> OrderView:
         """Answer the challenges; the order once it is ready."""
         if order.status == "pending":
-            for each in order.authorizations:
-                await self._authorize(ca, name, each, attempt)
+            for authorization in order.authorizations:
+                await self._authorize(ca, name, authorization, attempt)
         return await self._wait_for_order(ca, url, order, "ready", "processing", "valid")
 
     async def _authorize(self, ca: CA, name: str, url: str, attempt: int) -> None:
@@ -303,12 +303,14 @@ class Acme:
             possible = [
                 kind for kind, port in ((TLS_ALPN_01, HTTPS_PORT), (HTTP_01, HTTP_PORT)) if port in self._ports()
             ]
-            possible = [kind for kind in possible if any(each.type == kind for each in authorization.challenges)]
+            possible = [
+                kind for kind in possible if any(challenge.type == kind for challenge in authorization.challenges)
+            ]
             if not possible:
-                offered = ", ".join(each.type for each in authorization.challenges)
+                offered = ", ".join(challenge.type for challenge in authorization.challenges)
                 raise AcmeError(f"none of the CA's challenges ({offered}) can be answered on our ports", is_final=True)
             kind = possible[(attempt - 1) % len(possible)]
-            challenge = next(each for each in authorization.challenges if each.type == kind)
+            challenge = next(challenge for challenge in authorization.challenges if challenge.type == kind)
             text = await self._call(ca.key_authorization, challenge.token)
             if kind == HTTP_01:
                 shown = Answer(token=challenge.token, authorization=text)

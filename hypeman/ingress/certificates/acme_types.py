@@ -46,7 +46,7 @@ class AuthorizationView(Struct, frozen=True):
 
     @property
     def problem(self) -> str:
-        found = [str(each.error) for each in self.challenges if each.error is not None]
+        found = [str(challenge.error) for challenge in self.challenges if challenge.error is not None]
         return found[0] if found else f"the authorization is {self.status}"
 
 

@@ -40,8 +40,10 @@ def read_pair(chain: bytes, key: bytes) -> Pair:
         not_before, not_after = leaf.not_valid_before_utc, leaf.not_valid_after_utc
         weak = [
             used.name
-            for each in certificates
-            if each.issuer != each.subject and (used := each.signature_hash_algorithm) and used.name in _WEAK
+            for certificate in certificates
+            if certificate.issuer != certificate.subject
+            and (used := certificate.signature_hash_algorithm)
+            and used.name in _WEAK
         ]
     except x509.ExtensionNotFound:
         raise BadCertificate("the certificate has no subject alternative names") from None
@@ -73,7 +75,7 @@ def read_pair(chain: bytes, key: bytes) -> Pair:
     if required:
         raise BadCertificate("the certificate requires OCSP stapling, which is not supported; order one without it")
     return Pair(
-        chain="".join(each.public_bytes(serialization.Encoding.PEM).decode() for each in certificates),
+        chain="".join(certificate.public_bytes(serialization.Encoding.PEM).decode() for certificate in certificates),
         key=key_pem(private),
         names=names,
         not_before=not_before,

@@ -140,7 +140,7 @@ class Kubelet:
 
     async def _sample(self) -> Sample:
         found = await self._local.get("/stats", UsageOfAll)
-        by_instance = {each.instance_id: each for each in found.instances}
+        by_instance = {instance.instance_id: instance for instance in found.instances}
         read_at = found.time.timestamp()  # up to a second ago, as the counters
         pods = []
         for served in self._pods.all():
@@ -179,7 +179,7 @@ class Kubelet:
 
     async def _logs(self, asked: Logs, answer: Answer) -> None:
         served, instance = self._find(asked.container)
-        if asked.previous and not any(each.restart_count for each in served.pod.status.container_statuses):
+        if asked.previous and not any(status.restart_count for status in served.pod.status.container_statuses):
             name, pod = asked.container.name, asked.container.pod
             raise InvalidRequest(f'previous terminated container "{name}" in pod "{pod}" not found')
         with self._one_log():

@@ -104,7 +104,7 @@ class Gate:
         for subresource in permission.subresources:
             if permission.verb and await self._may(caller, permission.verb, subresource):
                 return caller
-        wanted = " or ".join(f"nodes/{each}" for each in permission.subresources)
+        wanted = " or ".join(f"nodes/{subresource}" for subresource in permission.subresources)
         raise Forbidden(f"{caller.name} may not {permission.verb or 'do this with'} {wanted} of {self._node}")
 
     async def _caller(self, certificate: bytes | None, authorization: str) -> Caller:

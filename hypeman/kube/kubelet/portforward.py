@@ -79,9 +79,9 @@ async def forward_channels(messages: Messages, ports: tuple[int, ...], dial: Dia
                     await _send(stream_of, data[1:])
         finally:
             nursery.cancel_scope.cancel()
-            for each in connections:
-                if each is not None:
-                    await trio.aclose_forcefully(each)
+            for connection in connections:
+                if connection is not None:
+                    await trio.aclose_forcefully(connection)
 
 
 async def _copy_out(stream: trio.SocketStream, messages: Messages, channel: int) -> None:

@@ -37,7 +37,7 @@ def pod(name: str = "web", usage: InstanceUsage | None = USAGE, **changes: Any) 
 
 def metrics(*pods: PodUsage) -> dict[str, Metric]:
     text = render_metrics(Sample(NODE, pods, READ))
-    return {each.name: each for each in text_string_to_metric_families(text)}
+    return {family.name: family for family in text_string_to_metric_families(text)}
 
 
 def test_names_kinds_and_labels_are_a_kubelets() -> None:
