@@ -5,8 +5,8 @@
                       initrd.img
     build/metal/mdev-<release>/   the kernel's sample mdev drivers, built for that kernel
 
-``key`` is a digest of the recipe: another package list or agent makes another image. Needs root,
-mmdebstrap, mke2fs and a Debian mirror, which the host's own apt knows; about two minutes.
+``key`` is a digest of the recipe: another package list or agent gives another image. Requires root, mmdebstrap, mke2fs
+and the Debian mirror of the host's own apt; about two minutes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _EXCLUDED = (
 
 
 _MMDEBSTRAP = (
-    "unshare", "--mount",  # what it mounts in the tree must end with it: we remove trees of builds that died
+    "unshare", "--mount",  # its mounts in the tree must end with it: trees of failed builds are removed
     "mmdebstrap", "--variant=minbase", '--aptopt=APT::Install-Recommends "false"',
     *(f"--dpkgopt=path-exclude={pattern}" for pattern in _EXCLUDED),
 )  # fmt: skip
@@ -67,10 +67,10 @@ class Image(NamedTuple):
 def missing() -> str:
     """Why no image can be made here; empty if one can."""
     if os.geteuid() != 0:
-        return "wants root, for mmdebstrap and device nodes"
+        return "requires root, for mmdebstrap and device nodes"
     tools = ("mmdebstrap", "mke2fs", "qemu-system-x86_64", "qemu-img")
     absent = [tool for tool in tools if shutil.which(tool) is None]
-    return f"wants {', '.join(absent)}" if absent else ""
+    return f"requires {', '.join(absent)}" if absent else ""
 
 
 def build_image(*, python: bool = True, newer_kernel: bool = False, extra: tuple[str, ...] = ()) -> Image:
@@ -109,7 +109,7 @@ def _make_root(directory: Path, packages: tuple[str, ...]) -> None:
         f"mkdir -p {initramfs}/conf.d; echo MODULES=list > {initramfs}/conf.d/rig; "
         f"printf '{modules}\\n' > {initramfs}/modules"
     )
-    backports = f"deb http://deb.debian.org/debian {BACKPORTS} main"  # taken only for what is asked of it by name
+    backports = f"deb http://deb.debian.org/debian {BACKPORTS} main"  # used only for packages requested from it by name
     late = (
         f"install -D -m 755 {HERE}/agent.sh $1/usr/local/lib/rig-agent",
         f"install -D -m 644 {HERE}/rig-agent.service $1/etc/systemd/system/rig-agent.service",
@@ -135,7 +135,7 @@ def _make_root(directory: Path, packages: tuple[str, ...]) -> None:
 
 
 def _make_modules(directory: Path, release: str) -> None:
-    """In a Debian of their own: the headers want their compiler and absolute paths."""
+    """In a Debian of their own: the headers need their compiler and absolute paths."""
     tree = directory / "tree"
     shutil.rmtree(tree, ignore_errors=True)
     series = ".".join(release.split(".")[:2])
@@ -170,7 +170,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def run(*argv: str) -> None:
-    """Run a command of the build; what it said is in the error."""
+    """Run a command of the build; its output is in the error."""
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(argv[:3])} … failed with {done.returncode}:\n{done.stdout[-4000:]}")

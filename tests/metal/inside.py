@@ -1,9 +1,9 @@
-"""What the device tests run inside the virtual host: the service on a real sysfs, one call a process.
+"""Run inside the virtual host by the device tests: the service on a real sysfs, one call per process.
 
     python3 -m tests.metal.inside COMMAND ARGUMENT... [+ COMMAND ARGUMENT...]
 
-Prints the last result as JSON. Several commands in one process spare its start, which takes seconds
-here. ``kills`` forks a process per call and has each die before or after one of its writes.
+Prints the last result as JSON. Several commands in one process save its start, which takes seconds here. ``kills``
+forks a process per call and kills each before or after one of its writes.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from hypeman.store import Store
 STORE = Path("/var/lib/hypeman-devices")
 DEADLINE = 60.0
 SETTLING = {"list": (True, DEADLINE), "unbind-held": (True, 10.0)}
-"""Commands that want a service that gives back what nobody owns, and its deadline for a change of the kernel's."""
+"""Commands that need a service that releases what nobody owns, and its deadline for a change by the kernel."""
 
 Job = Callable[[Devices, Store], Awaitable[object]]
 
 
 class DyingSysfs(Sysfs):
-    """The real thing, which kills its process at a write."""
+    """The real sysfs, which kills its process at a write."""
 
     kill_before = kill_after = -1
     writes = 0
@@ -123,12 +123,12 @@ fcntl.ioctl(group, 0x3B6A, sys.argv[2].encode() + bytes(1))  # VFIO_GROUP_GET_DE
 print("held", flush=True)
 sys.stdin.read()
 """
-"""Opens a device as a VMM does, and keeps it."""
+"""Opens a device as a VMM does, and keeps it open."""
 
 
 async def unbind_held(devices: Devices, store: Store, instance: str) -> dict[str, object]:
-    """Bind, and give back while another process has the device open, and then not any more; what was said at first,
-    and which bindings there were meanwhile."""
+    """Bind, then unbind while another process has the device open, until it closes it; the first error, and the
+    bindings meanwhile."""
     await devices.bind(instance)
     (path,) = map(Path, devices.sysfs_paths(instance))
     group = (path / "iommu_group").resolve().name
@@ -136,20 +136,20 @@ async def unbind_held(devices: Devices, store: Store, instance: str) -> dict[str
         [sys.executable, "-c", HOLD, group, path.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert holder.stdin is not None and holder.stdout is not None
-    said = ""
+    message = ""
     try:
         assert await trio.to_thread.run_sync(holder.stdout.readline) == b"held\n"
         try:
             await devices.unbind(instance)
         except HypemanError as error:
-            said = error.message
+            message = error.message
         kept = store.read(lambda txn: list(txn.keys(BINDINGS)))
     finally:
         holder.kill()
         await trio.to_thread.run_sync(holder.wait)
     while store.read(lambda txn: list(txn.keys(BINDINGS))):
         await trio.sleep(0.1)
-    return {"said": said, "kept": kept}
+    return {"message": message, "kept": kept}
 
 
 def in_child(words: list[str], *, before: int = -1, after: int = -1, settle: bool = False) -> bool:
@@ -177,22 +177,22 @@ def drivers(addresses: list[str]) -> list[str]:
 
 
 def kills(instance: str, addresses: list[str]) -> dict[str, int]:
-    """Die at every write of a bind and of an unbind; go on after each as a restart would, in turn
-    by binding to the end and by giving back at once."""
+    """Die at every write of a bind and of an unbind; continue after each as a restart would, in turn by completing the
+    bind and by unbinding at once."""
     before = drivers(addresses)
     count = 0
     for operation in ("bind", "unbind"):
-        number, lived = 0, False
-        while not lived:
+        number, survived = 0, False
+        while not survived:
             for when in ("before", "after"):
                 if operation == "unbind":
                     in_child(["bind", instance])
-                lived = in_child(
+                survived = in_child(
                     [operation, instance],
                     before=number if when == "before" else -1,
                     after=number if when == "after" else -1,
                 )
-                count += not lived
+                count += not survived
                 if count % 2:
                     in_child(["bind", instance], settle=True)
                     assert set(drivers(addresses)) == {"vfio-pci"}, (operation, when, number)

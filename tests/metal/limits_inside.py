@@ -1,8 +1,8 @@
-"""Run inside the virtual host by test_limits.py and test_neighbour.py: the control group of a VMM holds, and spares
-its neighbours.
+"""Run inside the virtual host by test_limits.py and test_neighbour.py: the control group of a VMM limits it and
+protects its neighbours.
 
-The latency of a neighbour is a ratio of medians, measured side by side in one host: in turn with the other VMM stopped
-and running, since what else the machine does changes meanwhile. Its absolute value means nothing.
+The latency of a neighbour is a ratio of medians, measured in one host in turn with the other VMM stopped and running,
+since the load of the machine changes. Its absolute value means nothing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def field(file: Path, name: str) -> int:
 
 
 async def run(tmp_path: Path, group: Path, script: str, seconds: float) -> tuple[int | None, str]:
-    """Exit code (None: it went on and was killed) and output of a program in the place of a VMM."""
+    """Exit code (None: it did not end and was killed) and output of a program in place of a VMM."""
     log = tmp_path / "log"
     process = await Processes().spawn(
         Program(argv=(PYTHON, "-c", script), log=str(log), mark=str(tmp_path), uid=510017, gid=510017,
@@ -76,21 +76,21 @@ async def run(tmp_path: Path, group: Path, script: str, seconds: float) -> tuple
 
 
 async def test_processes(tmp_path: Path, group: Path) -> None:
-    code, said = await run(tmp_path, group, BOMB, 300)
-    made, number = map(int, said.split())
+    code, output = await run(tmp_path, group, BOMB, 300)
+    made, number = map(int, output.split())
     assert code == 0 and made < 1024 and number == 11, "EAGAIN"
     assert field(group / "pids.events", "max") > 0
 
 
 async def test_memory(tmp_path: Path, group: Path) -> None:
     code, _ = await run(tmp_path, group, HOG, 300)
-    assert code == -9, "killed as a whole, when it had more than it may"
+    assert code == -9, "killed as a whole when it exceeded its limit"
     assert field(group / "memory.events", "oom_group_kill") == 1
     assert int((group / "memory.peak").read_text()) <= 256 << 20
 
 
 async def test_processors(tmp_path: Path, group: Path) -> None:
-    """One and a half for a VM of one, so that it requires a host with two."""
+    """One and a half for a VM of one, so this requires a host with two."""
     assert (os.cpu_count() or 1) > 1
     await run(tmp_path, group, SPIN, 20)
     assert field(group / "cpu.stat", "nr_throttled") > 0
@@ -110,7 +110,7 @@ def directory() -> Iterator[Path]:
 
 
 async def latencies(appliance: Appliance) -> list[float]:
-    """Seconds that a program in the quiet guest takes, some times."""
+    """Seconds that a program in the quiet guest takes, MEASUREMENTS times."""
     session = Session(base_url=f"unix://{appliance.socket}")
 
     def once() -> float:
@@ -126,8 +126,8 @@ async def latencies(appliance: Appliance) -> list[float]:
 
 @pytest.fixture
 def busy_processors() -> Iterator[None]:
-    """Keeps all processors of the virtual host busy, at a priority that yields to everything: what the machine outside
-    divides between emulated processors is then the same whether the noisy VM is stopped or runs."""
+    """Keeps all processors of the virtual host busy, at the lowest priority: the machine outside then divides its time
+    between emulated processors in the same way whether the noisy VM is stopped or runs."""
     spin = "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\nwhile True: pass"
     processes = [subprocess.Popen([PYTHON, "-c", spin]) for _ in range(os.cpu_count() or 1)]
     yield

@@ -1,6 +1,6 @@
 """A bare-metal host, virtual: real KVM, IOMMU, VFIO, mdev, vhost-vsock and systemd, only slow.
 
-QEMU's TCG emulates AMD's SVM and an Intel IOMMU, so the Debian inside finds all that a server has.
+QEMU's TCG emulates AMD's SVM and an Intel IOMMU, so the Debian inside finds what a server has.
 
     with MetalHost.boot(image, devices=(E1000E, NVME)) as host:
         host.put({"/opt/job.py": b"..."})
@@ -8,10 +8,10 @@ QEMU's TCG emulates AMD's SVM and an Intel IOMMU, so the Debian inside finds all
         host.qmp("device_del", id="nic0")     # hot-unplug
         host.power_cut()                      # as if the plug was pulled; boots again from the same disk
 
-A boot takes 12 to 30 s of a processor, everything inside is 20 to 50 times slower than on metal, a guest inside
-slower still: compare nothing with a clock here. Each MetalHost has an overlay of its own, thrown away
-in the end; ``run`` never waits longer than its timeout, nor for a host that stands still, and then says
-what the console showed. What takes long is logged (``pytest -o log_cli=true -o log_cli_level=INFO``).
+A boot takes 12 to 30 s of CPU time, everything inside is 20 to 50 times slower than on metal, a guest inside slower
+still: do not measure times here. Each MetalHost has an overlay of its own, which is removed at the end; ``run`` never
+waits longer than its timeout, nor for a host that hangs, and its error contains the end of the console. Slow requests
+are logged (``pytest -o log_cli=true -o log_cli_level=INFO``).
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ BOOT_SECONDS = 600
 """15 s where the host gets all of two processors."""
 _CONNECT_SECONDS = 30
 _ARCHIVE = "rig-files"
-_STANDS_STILL = re.compile(rb"soft lockup - CPU#\d+ stuck for (\d+)s")
+_SOFT_LOCKUP = re.compile(rb"soft lockup - CPU#\d+ stuck for (\d+)s")
 _STUCK_SECONDS = 100
-"""A processor of the host that did nothing for so long by its own clock does nothing more."""
-_LOOK_SECONDS = 5
-_WORTH_A_LINE = 5.0
-"""Seconds that a request takes to be logged."""
+"""A processor of the host that was stuck for so long, by its own clock, is considered hung."""
+_CHECK_SECONDS = 5
+_LOG_SECONDS = 5.0
+"""Requests that take more seconds are logged."""
 
 log = logging.getLogger(__name__)
 
 
 class RigError(Exception):
-    """The host did not do as it was told in time; with the end of its console."""
+    """The host failed, or did not answer in time; with the end of its console."""
 
 
 class Result(NamedTuple):
@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
 
 def root_port(number: int) -> tuple[str, ...]:
-    """A PCIe root port ``rp<number>``: what is plugged into it is in an IOMMU group of its own."""
+    """A PCIe root port ``rp<number>``: its device is in an IOMMU group of its own."""
     port = f"pcie-root-port,id=rp{number},chassis={number},slot={number},addr=8.{number}"
     return ("-device", port + (",multifunction=on" if number == 0 else ""))
 
@@ -114,12 +114,12 @@ class MetalHost:
         cpus: int = 1,
         append: str = "",
     ) -> MetalHost:
-        """Start a host with ``devices`` (each the QEMU arguments of one) and wait until it takes jobs.
+        """Start a host with ``devices`` (each the QEMU arguments of one) and wait until it accepts requests.
 
-        One processor is the cheapest: with two, a boot takes half as much processor time again, since they wait
-        for each other, and more where the machine outside gives one of them none of its own.
+        One processor is the cheapest: with two, a boot takes half as much CPU time again, since they wait for each
+        other, and more where the machine outside has no processor to spare for the second.
 
-        ``files`` are as for ``put``, but come on a disk: 100 MB take seconds, and minutes over the port.
+        ``files`` are as for ``put``, but on a disk: 100 MB take seconds, and minutes over the port.
         """
         directory = Path(tempfile.mkdtemp(prefix="metal-"))
         if files:
@@ -149,7 +149,7 @@ class MetalHost:
         self.close()
 
     def run(self, script: str, *, timeout: float = 120) -> Result:
-        """Run a shell script as root and wait; its exit code and what it wrote to both outputs."""
+        """Run a shell script as root and wait; its exit code and both outputs."""
         code, output = self._ask("RUN", script.encode(), timeout)
         return Result(code, output.decode("utf-8", "replace"))
 
@@ -160,7 +160,7 @@ class MetalHost:
         return output
 
     def put(self, files: Mapping[str, bytes | Path], *, timeout: float = 300) -> None:
-        """Write files and directories: absolute path in the host → content, or what to copy from here."""
+        """Write files and directories: absolute path in the host → content, or a file or directory of this machine."""
         archive = io.BytesIO()
         _write_archive(files, archive)
         code, output = self._ask("PUT", archive.getvalue(), timeout)
@@ -175,7 +175,7 @@ class MetalHost:
         return output
 
     def qmp(self, command: str, **arguments: object) -> Any:
-        """Ask the machine itself (QEMU): plug, unplug, press the power button."""
+        """Send a command to QEMU: plug, unplug, press the power button."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(_CONNECT_SECONDS)
             connection.connect(str(self._directory / "qmp"))
@@ -192,12 +192,12 @@ class MetalHost:
             return answer["return"]
 
     def power_cut(self) -> None:
-        """Pull the plug and boot again from the same disk, without any of what was not on it yet."""
+        """Cut the power and boot again from the same disk, without unwritten data."""
         self._stop()
         self._start()
 
     def keep_vms(self) -> None:
-        """From here on, and after boots, let KVM always have some VMs, for the reason that keep_vms.c gives."""
+        """From now on, also after boots, keep some VMs in KVM; keep_vms.c gives the reason."""
         program = self._directory / "keep-vms"
         subprocess.run(["cc", "-O1", "-static", "-o", program, HERE / "keep_vms.c"], check=True)
         unit = "keep-vms.service"
@@ -215,8 +215,8 @@ class MetalHost:
     # Inside
 
     def _start(self) -> None:
-        with (self._directory / "qemu.log").open("ab") as said:
-            self._process = subprocess.Popen(self._argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        with (self._directory / "qemu.log").open("ab") as log_file:
+            self._process = subprocess.Popen(self._argv, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
         self._received = b""
         self._unanswered = 0
         self._seen = 0
@@ -232,7 +232,7 @@ class MetalHost:
                 time.sleep(0.02)
         begun = time.monotonic()
         if self._line(begun + BOOT_SECONDS) != "READY":
-            raise RigError("the agent said something else than READY")
+            raise RigError("the agent did not answer READY")
         log.info("%4.0f s, %4.0f of CPU: boot", time.monotonic() - begun, self._cpu_seconds())
 
     def _stop(self) -> None:
@@ -257,17 +257,17 @@ class MetalHost:
         except TimeoutError:
             raise self._late(f"{verb} of {len(body)} bytes") from None
         self._unanswered += 1
-        while self._unanswered > 1:  # to requests that were given up: the agent takes one after the other
+        while self._unanswered > 1:  # to abandoned requests: the agent handles one after the other
             self._answer(deadline)
         words, output = self._answer(deadline)
-        if (seconds := time.monotonic() - begun) > _WORTH_A_LINE:
+        if (seconds := time.monotonic() - begun) > _LOG_SECONDS:
             what = " ".join(body[:100].decode("utf-8", "replace").split()) if verb != "PUT" else f"{len(body)} bytes"
             cpu = self._cpu_seconds() - cpu_begun
             log.info("%4.0f s, %4.0f of CPU, exit code %s: %s %s", seconds, cpu, words[1], verb, what)
         return int(words[1]), output
 
     def _cpu_seconds(self) -> float:
-        """What the machine has used so far of the processors of this one; 0 before it is started."""
+        """CPU time that the machine has used so far; 0 before it is started."""
         if self._process is None:
             return 0.0
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -280,7 +280,7 @@ class MetalHost:
         return line.decode().strip()
 
     def _answer(self, deadline: float) -> tuple[list[str], bytes]:
-        """The words and the output of the next answer; taken as a whole, or left for another attempt."""
+        """The words and the output of the next answer; consumed as a whole, or left for another attempt."""
         while (end := self._received.find(b"\n")) < 0:
             self._receive(deadline)
         words = self._received[:end].decode().split()
@@ -298,12 +298,12 @@ class MetalHost:
         left = deadline - time.monotonic()
         if left <= 0:
             raise self._late("an answer")
-        self._agent.settimeout(min(left, _LOOK_SECONDS))
+        self._agent.settimeout(min(left, _CHECK_SECONDS))
         try:
             data = self._agent.recv(1 << 16)
         except TimeoutError:
-            if self._stands_still():
-                raise RigError(f"the host stands still; console:\n{self.console(3000)}") from None
+            if self._is_hung():
+                raise RigError(f"the host hangs; console:\n{self.console(3000)}") from None
             self._nudge()
             return
         except ConnectionError:
@@ -341,8 +341,8 @@ class MetalHost:
         except FileNotFoundError:
             return b""
 
-    def _stands_still(self) -> bool:
-        found = _STANDS_STILL.findall(self._console()[self._seen :])
+    def _is_hung(self) -> bool:
+        found = _SOFT_LOCKUP.findall(self._console()[self._seen :])
         return any(int(seconds) >= _STUCK_SECONDS for seconds in found)
 
     def _log(self) -> str:
@@ -358,7 +358,7 @@ def _command(
     cpus: int,
     append: str,
 ) -> list[str]:
-    # no_timer_check: on a loaded machine the timer's interrupts come too late for the kernel's trial of them
+    # no_timer_check: on a loaded machine the timer's interrupts come too late for the kernel's check of them
     kernel_line = (
         "root=/dev/vda rw console=ttyS0 intel_iommu=on quiet mitigations=off panic=-1 nokaslr no_timer_check "
         f"systemd.show_status=0 {append}"
@@ -381,7 +381,7 @@ def _command(
 
 
 def _write_archive(files: Mapping[str, bytes | Path], target: Path | io.BytesIO) -> None:
-    """A tar of ``files``; Python in directories goes compiled, which would take minutes in there."""
+    """A tar of ``files``; Python in directories is compiled here, which would take minutes in there."""
     with tarfile.open(target, "w") if isinstance(target, Path) else tarfile.open(fileobj=target, mode="w") as tar:
         for name, content in files.items():
             if isinstance(content, Path):
@@ -399,6 +399,6 @@ def _archive_disk(archive: Path) -> tuple[str, ...]:
 
 
 def _of_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Owned by root. Times stay: they tell Python that what is compiled is of that source."""
+    """Owned by root. Times are kept: Python compares those of source and compiled file."""
     member.uid = member.gid = 0
     return member

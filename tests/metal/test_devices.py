@@ -21,7 +21,7 @@ Call = Callable[..., Any]
 
 @pytest.fixture
 def call(metal: MetalHost) -> Iterator[Call]:
-    """Ask the service inside: ``call("claim one - nic + bind one")``. Its store is thrown away after the test."""
+    """Ask the service inside: ``call("claim one - nic + bind one")``. Its store is deleted after the test."""
 
     def ask(*words: str, timeout: float = 600) -> Any:
         line = " ".join(words)
@@ -67,7 +67,7 @@ def test_sees_the_machine_as_it_is(found: dict[str, list[dict[str, Any]]]) -> No
     alone, first, second = nics
     assert alone["iommu_group"] != first["iommu_group"] == second["iommu_group"]
     assert card["iommu_group"] == audio["iommu_group"]
-    root = found["1af4:1001"][0]  # the other one brought our files
+    root = found["1af4:1001"][0]  # the other one has our files
     assert "holds /" in root["reason"]
     assert {port["reason"] for port in found["1b36:000c"]} == {"is a bridge"}
     assert nics[0]["current_driver"] == "e1000e"
@@ -77,8 +77,8 @@ def test_sees_the_machine_as_it_is(found: dict[str, list[dict[str, Any]]]) -> No
 def test_an_nvme_goes_to_a_kvm_guest_and_comes_back(
     metal: MetalHost, call: Call, found: dict[str, list[dict[str, Any]]], nvme_disk: Path
 ) -> None:
-    """The guest reads what only the disk holds, writes to it, and the host has its driver again. The VMM
-    is an ordinary user's, who may open the group because it was lent to him."""
+    """The guest reads what only the disk holds, writes to it, and the host has its driver again. The VMM runs as an
+    ordinary user, who may open the group by a temporary ACL."""
     address = found[NVME][0]["pci_address"]
     before = driver(metal, address)
     (path,) = call(f"register {address} disk + claim one - disk + bind one {VMM_USER}")
@@ -141,11 +141,11 @@ def test_without_the_kernels_module_nothing_is_touched(
 def test_a_device_that_another_process_has_open_comes_back_when_it_lets_go(
     metal: MetalHost, call: Call, found: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """The kernel's unbind waits for it. The service does not, says what it waits for, and ends the work later."""
+    """The kernel's unbind waits for it. The service does not: it reports that and completes the unbind later."""
     address = found[NIC][0]["pci_address"]
     call(f"register {address} nic + claim one - nic")
     answer = call("unbind-held", "one")
-    assert address in answer["said"] and "has not returned" in answer["said"], answer
+    assert address in answer["message"] and "has not returned" in answer["message"], answer
     assert answer["kept"] == [address]
     assert driver(metal, address) == "e1000e"
     assert call("release one + delete nic + bindings") == []

@@ -11,7 +11,7 @@ from tests.metal.rig import MetalHost
 
 pytestmark = [pytest.mark.metal, pytest.mark.real, pytest.mark.slow]
 
-PATIENCE = 3600
+TIMEOUT = 3600
 
 
 @pytest.fixture(scope="module")
@@ -22,21 +22,21 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MetalHost]:
 
 
 def test_vmms_are_held(host: MetalHost) -> None:
-    """What processes and memory they may have (processors: test_neighbour.py). In one run: the start of pytest takes
-    longer than each."""
-    output = vmm_host.run_tests(host, "tests/metal/limits_inside.py -k 'processes or memory'", seconds=PATIENCE)
+    """Limits on processes and memory (processors: test_neighbour.py). In one run: the start of pytest takes longer than
+    each."""
+    output = vmm_host.run_tests(host, "tests/metal/limits_inside.py -k 'processes or memory'", seconds=TIMEOUT)
     assert "2 passed" in output, output
 
 
 def test_a_guest_runs_under_the_units(host: MetalHost) -> None:
-    """The walls that they build around the server and the VMMs are in nobody's way."""
+    """Their confinement of the server and the VMMs breaks nothing."""
     try:
-        host.check("systemctl start hypeman", timeout=PATIENCE)
-        output = host.check("cd /opt/hypeman && python3 -m tests.metal.under_units", timeout=PATIENCE)
+        host.check("systemctl start hypeman", timeout=TIMEOUT)
+        output = host.check("cd /opt/hypeman && python3 -m tests.metal.under_units", timeout=TIMEOUT)
         print(output)
         assert "under the units: ok" in output, output
     except AssertionError as error:
         error.add_note(host.run("journalctl --no-pager -o cat -u hypeman -u hypeman-vms | tail -60").output)
         raise
     finally:
-        host.run("systemctl stop hypeman", timeout=PATIENCE)
+        host.run("systemctl stop hypeman", timeout=TIMEOUT)

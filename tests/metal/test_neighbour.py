@@ -1,4 +1,4 @@
-"""The processors of a host with two of them: a VMM is held to its share, and its control group spares its neighbours.
+"""A host with two processors: a VMM is limited to its share, and its control group protects its neighbours.
 ``limits_inside.py`` runs in there."""
 
 from __future__ import annotations

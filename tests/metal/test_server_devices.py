@@ -13,7 +13,7 @@ from tests.metal.rig import MetalHost
 
 pytestmark = [pytest.mark.metal, pytest.mark.real, pytest.mark.slow]
 
-PATIENCE = 3600
+TIMEOUT = 3600
 LOAD = """
 set -e
 modprobe -a vfio mdev
@@ -34,5 +34,5 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MetalHost]:
 @pytest.mark.parametrize("what", ["nvme", "vgpu"])
 def test_of_the_whole_server(what: str, host: MetalHost) -> None:
     selection = f"tests/real/test_devices.py -k {what}"
-    output = vmm_host.run_tests(host, selection, seconds=PATIENCE, HYPEMAN_TEST_HYPERVISOR="qemu")
+    output = vmm_host.run_tests(host, selection, seconds=TIMEOUT, HYPEMAN_TEST_HYPERVISOR="qemu")
     assert "1 passed" in output and "skipped" not in output, output

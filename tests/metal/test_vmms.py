@@ -1,6 +1,6 @@
-"""Cloud Hypervisor and Firecracker themselves on the virtual host's KVM: the suite that all drivers are held to, the
-real agent at work (``tests/hypervisor/test_real_agent.py``), landlock, and the whole server (``tests/real``): lives,
-saved memory, and kills of the server in the middle of each operation. Some twenty minutes for each module and kind."""
+"""The real Cloud Hypervisor and Firecracker on the virtual host's KVM: the conformance suite of drivers, the real agent
+(``tests/hypervisor/test_real_agent.py``), landlock, and the whole server (``tests/real``): life cycles, saved memory,
+and kills of the server in the middle of each operation. Some twenty minutes for each module and kind."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ WANTED = {
     "cloud-hypervisor": ("cloud-hypervisor",),
     "firecracker": ("firecracker", "jailer"),
 }
-OF_WHOLE_SERVER = {
+SERVER_TESTS = {
     "test_spine": "not many_at_once_and",
     "test_memory": "not ends_when_its_time",
     "test_devices": "not vgpu",  # whose parent is made for Debian's own kernel: test_server_devices.py
     "test_backup": "",
     "test_kill": "",
 }
-"""Module of tests/real and what of it."""
-PATIENCE = 5400
-MAY_SKIP = ("has no hot-plug", "cannot do devices")
+"""Module of tests/real → selection of its tests."""
+TIMEOUT = 5400
+ALLOWED_SKIPS = ("has no hot-plug", "cannot do devices")
 
 
 @pytest.fixture(scope="module")
@@ -50,27 +50,27 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("kind", WANTED, indirect=True)
 @pytest.mark.parametrize("module", ["test_conformance", "test_real_agent"])
 def test_on_real_kvm(kind: str, module: str, host: MetalHost) -> None:
-    output = vmm_host.run_tests(host, f"tests/hypervisor/{module}.py -k 'real and {kind}'", seconds=PATIENCE)
+    output = vmm_host.run_tests(host, f"tests/hypervisor/{module}.py -k 'real and {kind}'", seconds=TIMEOUT)
     check_ran(output)
 
 
 @pytest.mark.parametrize("kind", ["cloud-hypervisor"], indirect=True)
 def test_landlock(kind: str, host: MetalHost) -> None:
-    check_ran(vmm_host.run_tests(host, "tests/hypervisor/test_landlock.py", seconds=PATIENCE))
+    check_ran(vmm_host.run_tests(host, "tests/hypervisor/test_landlock.py", seconds=TIMEOUT))
 
 
 @pytest.mark.parametrize("kind", WANTED, indirect=True)
-@pytest.mark.parametrize("module", OF_WHOLE_SERVER)
+@pytest.mark.parametrize("module", SERVER_TESTS)
 def test_whole_server(kind: str, module: str, host: MetalHost) -> None:
     points = os.environ.get("KILL_POINTS", "1")
-    selection = f"tests/real/{module}.py -k '{OF_WHOLE_SERVER[module] or module}'"
-    output = vmm_host.run_tests(host, selection, seconds=PATIENCE, HYPEMAN_TEST_HYPERVISOR=kind, KILL_POINTS=points)
+    selection = f"tests/real/{module}.py -k '{SERVER_TESTS[module] or module}'"
+    output = vmm_host.run_tests(host, selection, seconds=TIMEOUT, HYPEMAN_TEST_HYPERVISOR=kind, KILL_POINTS=points)
     check_ran(output)
 
 
-def check_ran(said: str) -> None:
-    """All of it, but for what a VMM has not."""
-    print(said)
-    lines = [line for line in said.splitlines() if line.startswith("SKIPPED")]
-    skipped = [line for line in lines if not any(reason in line for reason in MAY_SKIP)]
-    assert " passed" in said and not skipped, said
+def check_ran(output: str) -> None:
+    """No test was skipped but those of abilities that a VMM lacks."""
+    print(output)
+    lines = [line for line in output.splitlines() if line.startswith("SKIPPED")]
+    skipped = [line for line in lines if not any(reason in line for reason in ALLOWED_SKIPS)]
+    assert " passed" in output and not skipped, output

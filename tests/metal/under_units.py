@@ -18,12 +18,12 @@ from hypeman.host.cgroups import UNDER_SYSTEMD
 from tests.real.appliance import IMAGE, busybox_archive
 
 SOCKET = "/run/hypeman/hypeman.sock"
-PATIENCE = 300
+TIMEOUT = 300
 SERVE = ["sh", "-c", "echo from the guest > /tmp/index.html; exec httpd -f -p 80 -h /tmp"]
 
 
 def program_in(group: Path) -> int:
-    """The one program in a control group; KVM's worker for a VM, a thread of the kernel, is in there as well."""
+    """The one program in a control group; KVM's worker for a VM, a kernel thread, is in it as well."""
     pids = (group / "cgroup.procs").read_text().split()
     programs = [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(programs) == 1, pids
@@ -46,10 +46,10 @@ def ask(command: tuple[str, ...]) -> tuple[int | None, str]:
 
 
 def wait_resolved() -> None:
-    """The guest's resolver gives up after 5 s, in which a busy virtual host may have worked for less than one."""
+    """The guest's resolver gives up after 5 s, of which a busy virtual host may have run for less than one."""
     begun, answers = time.monotonic(), list[tuple[float, int | None, str]]()
-    while not any("10.100.0.1" in said for _, _, said in answers):
-        assert time.monotonic() < begun + PATIENCE, answers
+    while not any("10.100.0.1" in output for _, _, output in answers):
+        assert time.monotonic() < begun + TIMEOUT, answers
         answers.append((time.monotonic() - begun, *ask(("nslookup", "-type=a", "gateway.hypeman.local"))))
     if len(answers) > 1:
         print(f"resolved after {answers}", flush=True)
@@ -63,7 +63,7 @@ def reached() -> None:
 
 
 def page(address: str) -> str:
-    command = ["curl", "-sS", "--max-time", str(PATIENCE), f"http://{address}/"]
+    command = ["curl", "-sS", "--max-time", str(TIMEOUT), f"http://{address}/"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -79,8 +79,8 @@ def sockets_of_the_host() -> set[str]:
 
 
 def reached_by(user: int, names: set[str], *, inside: int | None) -> set[str]:
-    """Which of ``names``, and of what it finds itself, a process with that user id could send ``STOPPING=1`` to;
-    ``inside`` the namespaces of a VMM, or outside of all."""
+    """Which of ``names``, and of the sockets that it finds itself, a process with that user id could send
+    ``STOPPING=1`` to; ``inside`` the namespaces of a VMM, or in those of the host."""
     answers, question = os.pipe()
     if child := os.fork():
         os.close(question)
@@ -108,11 +108,11 @@ def reached_by(user: int, names: set[str], *, inside: int | None) -> set[str]:
     os._exit(0)
 
 
-def is_heard_by_nobody(vmm: int) -> None:
+def check_reaches_nobody(vmm: int) -> None:
     """The attack that ended all VMs: datagrams to every socket of the host, systemd's above all."""
     user = int(Path(f"/proc/{vmm}/status").read_text().partition("Uid:")[2].split()[0])
     notify = {"/run/systemd/notify"}
-    assert reached_by(user, notify, inside=None) == notify, "outside of its walls it would be heard"
+    assert reached_by(user, notify, inside=None) == notify, "without its namespaces it would be received"
     assert reached_by(user, notify | sockets_of_the_host(), inside=vmm) == set()
     subprocess.run(["systemctl", "is-active", "hypeman", "hypeman-vms"], check=True)
 
@@ -132,7 +132,7 @@ def main() -> None:
             "auto_standby": {"enabled": True, "idle_timeout": "1h", "wake": "all"},
         }  # fmt: skip
         client.post("/instances", json=wanted).raise_for_status()
-        for _ in range(3):  # 5 minutes each, the most that a request may wait
+        for _ in range(3):  # 5 minutes each, the maximum of a request
             answer = client.get("/instances/one/wait", params={"state": "Running", "timeout": "300s"}).json()
             if not answer["timed_out"]:
                 break
@@ -141,17 +141,17 @@ def main() -> None:
         group = UNDER_SYSTEMD / one["id"]
         assert has_no_privileges(program_in(group))
         assert (group / "memory.max").read_text().strip() != "max"
-        is_heard_by_nobody(program_in(group))
+        check_reaches_nobody(program_in(group))
         reached()
         client.post("/instances/one/standby").raise_for_status()
         client.post("/instances/one/restore").raise_for_status()
         reached()
         client.post("/instances/one/standby").raise_for_status()
-        assert page(one["network"]["ip"]) == "from the guest\n", "the packet was held, and woke it"
+        assert page(one["network"]["ip"]) == "from the guest\n", "the packet was held and woke it"
         assert client.get("/instances/one/auto-standby/status").json()["last_wake"]
         client.delete("/instances/one").raise_for_status()
         assert not group.exists()
-    assert program_in(UNDER_SYSTEMD / "egress-engine") == engine, "it is the same all the time"
+    assert program_in(UNDER_SYSTEMD / "egress-engine") == engine, "it is still the same"
     print("under the units: ok")
 
 

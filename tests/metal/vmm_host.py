@@ -1,4 +1,4 @@
-"""A virtual host with the VMMs that are not Debian's, our code, and what it wants of Python's packages.
+"""A virtual host with the VMMs that are not Debian's, our code, and the Python packages that it needs.
 
 Its kernel is the one of Debian's backports, for landlock. The VMMs come from the folder that HYPEMAN_TEST_VMMS names,
 else from PATH. ``python -m tests.metal.vmm_host`` measures all kinds side by side on such a host
@@ -24,7 +24,7 @@ from tests.metal.rig import MetalHost, nvme
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("cloud-hypervisor", "firecracker", "jailer")
 SLOWNESS = 10
-"""How many times longer everything may take in there than on a host."""
+"""By what factor timeouts are longer in there than on a real host."""
 
 _OURS = (
     "hypeman", "build/guest", "tests/__init__.py", "tests/conftest.py", "tests/conformance", "tests/fakes",
@@ -41,7 +41,7 @@ Environment=HYPERVISOR__KVM_PATIENCE=100 REQUEST_TIMEOUT=900 PORT=0
 WatchdogSec=0
 TimeoutStartSec=15min
 """
-"""What is another in the virtual host: our code is not installed, and all takes longer."""
+"""What differs in the virtual host: our code is not installed, and everything takes longer."""
 _TOOLS = ("pytest", "pytest-trio", "hypothesis")
 _SETTINGS = b"""[pytest]
 trio_mode = true
@@ -55,7 +55,7 @@ _MODULES = "kvm-amd tun vhost_net vhost_vsock vfio-pci"
 
 
 def programs() -> dict[str, Path]:
-    """Those that are here, by name."""
+    """The installed ones, by name."""
     folder = os.environ.get("HYPEMAN_TEST_VMMS")
     found = {name: shutil.which(name, path=folder) for name in PROGRAMS}
     return {name: Path(path).resolve() for name, path in found.items() if path}
@@ -99,15 +99,14 @@ def boot(image: Image, folder: Path, *, cpus: int = 1) -> MetalHost:
 
 
 def start_keeper(host: MetalHost) -> None:
-    """The units that the package installs, and of them the keeper of the VMs; ``systemctl start hypeman`` has a
-    server as well."""
+    """Install the package's units and start the one that keeps the VMs; ``systemctl start hypeman`` adds a server."""
     units: dict[str, bytes | Path] = {f"/etc/systemd/system/{unit}": ROOT / "systemd" / unit for unit in _UNITS}
     host.put({**units, "/etc/systemd/system/hypeman.service.d/test.conf": _SERVER})
     host.check("systemctl daemon-reload && systemctl start hypeman-vms")
 
 
 def packages(*tools: str) -> dict[str, Path]:
-    """The files and folders of all packages that the product and ``tools`` want, by name; the host's Debian has the
+    """The files and folders of all packages that the product and ``tools`` need, by name; the host's Debian has the
     same Python series as we do."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted, found = [*tools, *project["dependencies"]], dict[str, Distribution]()
@@ -118,16 +117,16 @@ def packages(*tools: str) -> dict[str, Path]:
             found[requirement.name] = distribution(requirement.name)
             wanted += found[requirement.name].requires or ()
     tops = {
-        (file.parts[0], each.locate_file(file.parts[0]))
-        for each in found.values()
-        for file in each.files or ()
+        (file.parts[0], package.locate_file(file.parts[0]))
+        for package in found.values()
+        for file in package.files or ()
         if file.parts[0] not in ("..", "__pycache__")
     }
     return {name: Path(str(path)) for name, path in tops}
 
 
 def run_tests(host: MetalHost, selection: str, *, seconds: float, **environ: str) -> str:
-    """Run tests of ours in there; what pytest said."""
+    """Run tests of ours in there; the output of pytest."""
     settings = " ".join(f"{name}={value}" for name, value in environ.items())
     return host.check(f"{_ENTER} env {settings} python3 -m pytest -q {selection}", timeout=seconds)
 
