@@ -98,6 +98,7 @@ class VolumeNeeds(Protocol):
 class ImageNeeds(Protocol):
     def find_ready(self, name: str, platform: str | None = None) -> ReadyImage | None: ...
     async def wait_final(self, name: str) -> Image: ...
+    async def wait_ready(self, name: str, platform: str | None = None) -> ReadyImage: ...
 
 
 class VmSettings(msgspec.Struct, frozen=True):
@@ -170,8 +171,24 @@ class VmWorker:
         with suppress(NotFound):
             await self._volumes.delete(_cache(builder_id))
 
+    async def _pull(self, report: Report) -> None:
+        """Have the builder image here: a pull takes longer than a boot may, and fails for other reasons. Raises
+        BuildFailed."""
+        name = self._settings.image
+        if self._images.find_ready(name) is not None:
+            return
+        report.log(f"pulling the builder image {name} (build.image)")
+        try:
+            await self._images.wait_ready(name)
+        except HypemanError as error:
+            raise BuildFailed(
+                f"the builder image {name} (build.image) cannot be used: {error.message}; on a host without access to "
+                "its registry, import one with `hypeman image import` and name it as build.image"
+            ) from None
+
     async def _boot(self, job: Job, report: Report) -> Instance:
         """A running instance. Waits while the host is full."""
+        await self._pull(report)
         if job.builder is not None:
             await self.make_cache(job.builder)  # it is created again if someone deleted it
             volume = _cache(job.builder.id)

@@ -48,6 +48,9 @@ class FakeNeeds:
 
     async def vm(self, instance_id: str) -> None: ...
 
+    def find_ready(self, name: str, platform: str | None = None) -> Any:
+        return SimpleNamespace() if name == "i" else None
+
 
 async def build(needs: FakeNeeds, directory: Path = Path("/")) -> None:
     worker = VmWorker(
@@ -67,6 +70,31 @@ async def test_the_last_build_may_hold_the_cache_a_moment_longer(autojump_clock:
     assert [line for line in needs.said if "waiting" in line] == [
         "waiting for the builder's cache: volume 'builder-b' is attached read-write to instance x"
     ]
+
+
+async def test_the_builder_image_is_pulled_first(autojump_clock: trio.testing.MockClock) -> None:
+    """However long that takes; without a registry, the reason says what to do."""
+
+    class WithoutImage(FakeNeeds):
+        pulls = 0
+        refusal: HypemanError | None = None
+
+        def find_ready(self, name: str, platform: str | None = None) -> Any:
+            return None
+
+        async def wait_ready(self, name: str, platform: str | None = None) -> Any:
+            await trio.sleep(500)
+            if self.refusal is not None:
+                raise self.refusal
+            self.pulls += 1
+
+    needs = WithoutImage()
+    with pytest.raises(BuildFailed, match="the VM did not start: no room"):
+        await build(needs)
+    assert needs.pulls == 1 and needs.said[0] == "pulling the builder image i (build.image)"
+    needs.refusal = NotFound("registry docker.io cannot be reached")
+    with pytest.raises(BuildFailed, match=r"cannot be reached.*import one with `hypeman image import`"):
+        await build(needs)
 
 
 @pytest.mark.parametrize("error", [AlreadyExists("a name"), Conflict("held")])
@@ -149,9 +177,6 @@ class FakeMachine(FakeNeeds):
 
     async def copy_from(self, ref: str, request: Any) -> Any:
         raise NotFound(ref)
-
-    def find_ready(self, name: str, platform: str | None = None) -> None:
-        return None
 
     async def pushing(self) -> None:
         raise BuildFailed("built: this test ends here")
