@@ -1,6 +1,6 @@
 """Hypeman: OCI images as micro-VMs behind a REST API, on one host.
 
-Start reading at ``__main__.py`` (the command) and ``app.py`` (the wiring of the parts).
+Start reading at ``__main__.py`` (the command), ``app.py`` (the life of the server) and ``wiring.py`` (its parts).
 """
 
 __version__ = "0.1.0"

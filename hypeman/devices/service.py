@@ -69,12 +69,11 @@ class Devices:
         sysfs: Sysfs | None = None,
         proc_root: Path = Path("/proc"),
         now: Callable[[], datetime] = utc_now,
-        on_vanished: Callable[[str, str], None] = lambda instance_id, text: None,
     ) -> None:
         self._store = store
         self._config = config
         self._now = now
-        self._on_vanished = on_vanished
+        self._on_vanished: Callable[[str, str], object] = lambda instance_id, text: None
         self.look_every = LOOK_EVERY
         """Seconds between checks that functions in use by instances still exist."""
         self._sysfs = sysfs or Sysfs(Path(config.sysfs_root))
@@ -84,6 +83,10 @@ class Devices:
         self._binder = Binder(store, self._pci, proc_root=proc_root)
         self._slots = Slots(store, mdev, self._pci)
         self._locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+
+    def on_vanished(self, react: Callable[[str, str], object]) -> None:
+        """Call ``react`` with the instance's id and a text when a device that an instance has disappears."""
+        self._on_vanished = react
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Give back devices without an owner. Reports started after the first attempt; retries whenever a

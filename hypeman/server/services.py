@@ -1,4 +1,4 @@
-"""What the server needs from each capability: one Protocol each, and the bundle that ``app.py`` fills.
+"""What the server needs from each capability: one Protocol each, and the bundle that ``wiring.py`` fills.
 
 Contains only what routes call. All methods raise HypemanErrors; every ``ref`` is as the client wrote
 it (id, name, or prefix where the contract allows one) and is resolved by the service. Requested work

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from hypeman.config import DevicesConfig
@@ -44,8 +43,6 @@ class Machine:
         self.proc = make_proc(root / "proc") if fresh else root / "proc"
         self.kernel = FakeKernel(self.tree, root / "dev", dict(NATIVES), deadline=deadline)
 
-    def service(
-        self, store: Store, on_vanished: Callable[[str, str], None] = lambda instance_id, text: None
-    ) -> Devices:
+    def service(self, store: Store) -> Devices:
         config = DevicesConfig(sysfs_root=str(self.tree.root), dev_root=str(self.root / "dev"))
-        return Devices(store, config, sysfs=self.kernel, proc_root=self.proc, on_vanished=on_vanished)
+        return Devices(store, config, sysfs=self.kernel, proc_root=self.proc)

@@ -339,7 +339,8 @@ async def test_a_device_that_vanishes_from_a_running_guest_is_reported_once(
     machine: Machine, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal: list[tuple[str, str]] = []
-    devices = machine.service(store, on_vanished=lambda instance, text: journal.append((instance, text)))
+    devices = machine.service(store)
+    devices.on_vanished(lambda instance, text: journal.append((instance, text)))
     devices.look_every = 0.01
     looks = 0
     exists = devices._pci.exists

@@ -50,7 +50,6 @@ class Machine:
         compressor: CompressorNeeds,
         boot_id: str,
         connect: Connect = connect_guest,
-        count_usage: Callable[[InstanceRecord], object] = lambda record: None,
     ) -> None:
         self.boot_id = boot_id
         """The host's boot id; a VMM's handle has the one it was started in."""
@@ -76,7 +75,6 @@ class Machine:
             kernel=kernel,
             initrd=initrd,
             connect=connect,
-            count=count_usage,
         )
         self._vmms = vmms
         self._effects = Effects(
@@ -91,6 +89,10 @@ class Machine:
     @property
     def paths(self) -> Paths:
         return self.context.paths
+
+    def on_vmm_end(self, react: Callable[[InstanceRecord], object]) -> None:
+        """Call ``react`` before a VMM ends and after it, while its control group and TAP are still there."""
+        self._vmms.on_end = react
 
     async def do(self, step: Step) -> None:
         if isinstance(step, ShutdownGuest):

@@ -46,9 +46,7 @@ class Vmms:
         kernel: str,
         initrd: str | None,
         connect: Connect,
-        count: Callable[[InstanceRecord], object],
     ) -> None:
-        """``count`` is called before a VMM ends and after it, while its control group and TAP are still there."""
         self._context = context
         self._network = network
         self._devices = devices
@@ -58,7 +56,8 @@ class Vmms:
         self._kernel = kernel
         self._initrd = initrd
         self._connect = connect
-        self._count = count
+        self.on_end: Callable[[InstanceRecord], object] = lambda record: None
+        """Called before a VMM ends and after it, while its control group and TAP are still there."""
 
     async def prepare_run(self, step: PrepareRun) -> None:
         record = self._context.record(step.instance)
@@ -121,7 +120,7 @@ class Vmms:
     def count(self, instance_id: str) -> None:
         """Record the VMM's usage while it can be read. Without control groups, that requires a live process."""
         try:
-            self._count(self._context.record(instance_id))
+            self.on_end(self._context.record(instance_id))
         except HypemanError as error:  # it must not keep a VM from ending
             log.warning("the usage of instance %s could not be read: %s", instance_id, error.message)
 
