@@ -62,7 +62,9 @@ _CACHE_SECONDS = 60.0
 _BOOT_SECONDS = 150.0
 _BOOTS = 2
 """A guest without KVM on a busy host may hang while it boots, when an interrupt of a timer is lost."""
-_STOP_SECONDS = 20.0
+_STOP_SECONDS = 30.0
+_SYNC_SECONDS = 30.0
+"""Together less than a service manager gives a server that stops, whose builds are cancelled."""
 _MAX_REPAIRS = 20
 _MAX_TAIL = 8 << 10
 _MAX_BASES = 100
@@ -415,17 +417,23 @@ class _Attempt:
                 finally:
                     await self._stop(daemon, ended)
                     watching.cancel()
+                    await self._sync()
             if working.cancelled_caught:
                 failure = BuildFailed(f"BuildKit ended: {self._redact.text(_text(tail))}")
         if failure is not None:
             raise failure
-        await self._run(("sync",))
 
     async def _stop(self, daemon: ExecSession, ended: trio.Event) -> None:
         """Also of a cancelled build: a daemon that is killed may leave its cache inconsistent."""
         with trio.move_on_after(_STOP_SECONDS, shield=True), suppress(HypemanError):
             await daemon.signal(15)
             await ended.wait()
+
+    async def _sync(self) -> None:
+        """Also after a failure: the daemon has recorded layers whose files are not on the disk yet, and a VM on a busy
+        host may be ended before it has unmounted it."""
+        with trio.move_on_after(_SYNC_SECONDS, shield=True), suppress(BuildFailed, HypemanError):
+            await self._run(("sync",))
 
     async def _solve(self, argv: tuple[str, ...]) -> None:
         """Run the build. Snapshots that a killed daemon has left in the cache are removed when they are in the way.

@@ -164,7 +164,7 @@ class FakeMachine(FakeNeeds):
     async def exec(self, ref: str, request: Any) -> Session:
         argv = request.command
         if argv[0] != "buildctl":
-            if argv[0] == "rm":
+            if argv[0] in ("rm", "sync"):
                 self.said.append(" ".join(argv))
             return Session(self.said, argv, b"", 0, forever="--config" in argv)
         self.building.set()
@@ -232,14 +232,23 @@ async def test_nothing_is_removed_because_a_dockerfile_says_so(
 
 
 async def test_a_cancelled_build_lets_buildkit_end(source: Path, autojump_clock: trio.testing.MockClock) -> None:
-    """Killed, it may leave a snapshot that is not recorded."""
+    """Killed, it may leave a snapshot that is not recorded. Those that are must be on the disk before the VM ends."""
     machine = FakeMachine(forever=True)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(build, machine, source)
         await machine.building.wait()
         await trio.sleep(1)
         nursery.cancel_scope.cancel()
-    assert machine.said[-3:] == ["buildctl is killed", "buildkitd gets signal 15", "buildkitd ends"]
+    assert machine.said[-4:] == ["buildctl is killed", "buildkitd gets signal 15", "buildkitd ends", "sync"]
+
+
+async def test_the_cache_of_a_build_that_fails_is_on_the_disk(
+    source: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    machine = FakeMachine("exit code: 1")
+    with pytest.raises(BuildFailed, match="exit code"):
+        await build(machine, source)
+    assert machine.said[-2:] == ["buildkitd ends", "sync"]
 
 
 async def test_a_guest_that_hangs_while_it_boots_is_replaced_once(
