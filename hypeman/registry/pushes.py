@@ -3,6 +3,7 @@
     request ──► record (queued) ──► pushing ──► pushed
                              └─────────┴──────► failed, also if it is cancelled
 
+An image that was made of an index, such as one for several platforms or with attestations, is pushed with all of it.
 Blobs that the registry has already are not sent, so a push that is repeated is short. A push interrupted by a restart
 is begun again, unless it used a login supplied with the request, which was kept in memory only.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from datetime import UTC, datetime
 from functools import partial
@@ -27,11 +28,19 @@ from hypeman.host.files import read_pieces
 from hypeman.ids import new_id
 from hypeman.images.auth import NOBODY, Login, login_of
 from hypeman.images.blobs import Blobs
-from hypeman.images.manifest import MANIFEST_TYPES, Descriptor, Manifest, parse_manifest
+from hypeman.images.manifest import (
+    MANIFEST_TYPES,
+    MAX_MANIFEST_BYTES,
+    Descriptor,
+    Manifest,
+    digest_of,
+    parse_manifest,
+)
 from hypeman.images.reference import Reference, parse_reference
 from hypeman.images.registry import RegistryClient, RegistryError
 from hypeman.images.types import Image, ImageStatus
 from hypeman.registry.push_types import CreatePushRequest, Push, PushStatus
+from hypeman.registry.records import index_of
 from hypeman.store.store import Store
 from hypeman.store.tables import Table, Txn
 
@@ -75,6 +84,24 @@ class _Running:
         """Bytes of the layer that is being sent."""
         self.naming = False
         """The manifest is being sent: the image appears, and the push can no longer be cancelled."""
+
+
+class _Parts(msgspec.Struct, frozen=True, rename="camel"):
+    """What any manifest that is here refers to."""
+
+    config: Descriptor | None = None
+    layers: tuple[Descriptor, ...] = ()
+
+
+class _Sent:
+    """A manifest that is sent, after its blobs."""
+
+    def __init__(self, data: bytes, media_type: str) -> None:
+        parts = msgspec.json.decode(data, type=_Parts)  # it was checked when it was received
+        self.data = data
+        self.media_type = media_type
+        self.layers = parts.layers
+        self.blobs = (*parts.layers, parts.config) if parts.config is not None else parts.layers
 
 
 class Pushes:
@@ -228,24 +255,38 @@ class Pushes:
         data = await self._images.packaged(name)
         manifest = parse_manifest(data)
         assert isinstance(manifest, Manifest)
-        with self._blobs.claim(*(part.digest for part in (manifest.config, *manifest.layers))):
-            await self._images.packaged(name)  # what was evicted meanwhile is fetched, and stays
-            await self._send(row, login, running, data, manifest)
+        own = _Sent(data, manifest.media_type or MANIFEST_TYPES[0])
+        index = self._store.read(lambda txn: index_of(txn, name, digest_of(data)))
+        with self._blobs.claim(*(digest for digest, _ in index)):
+            sent = [await trio.to_thread.run_sync(self._kept, *each) for each in index] or [own]
+            with self._blobs.claim(*(blob.digest for each in sent for blob in each.blobs)):
+                await self._images.packaged(name)  # what was evicted meanwhile is fetched, and stays
+                await self._send(row, login, running, sent)
 
-    async def _send(self, row: PushRow, login: Login, running: _Running, data: bytes, manifest: Manifest) -> None:
-        size = sum(layer.size for layer in manifest.layers)
-        await self._change(row.push.id, status=PushStatus.PUSHING, layers=len(manifest.layers), bytes=size)
+    def _kept(self, digest: str, media_type: str) -> _Sent:
+        """Blocking. Raises RegistryError."""
+        data = self._blobs.read(digest, MAX_MANIFEST_BYTES)
+        if data is None or digest_of(data) != digest:
+            raise RegistryError(f"manifest {digest} is no longer here")
+        return _Sent(data, media_type)
+
+    async def _send(self, row: PushRow, login: Login, running: _Running, manifests: Sequence[_Sent]) -> None:
+        """The last of ``manifests`` gets the tag, the others go before it."""
+        layers = [layer for each in manifests for layer in each.layers]
+        size = sum(layer.size for layer in layers)
+        await self._change(row.push.id, status=PushStatus.PUSHING, layers=len(layers), bytes=size)
         upload = _Upload(self._client, self._blobs, parse_reference(row.push.target), login, row.insecure, running)
         sent = set[str]()
-        for part in (*manifest.layers, manifest.config):
-            if part.digest not in sent:
-                await self._retried(partial(upload.blob, part))
-                sent.add(part.digest)
-            running.sent = 0
-            if part is not manifest.config:
-                running.done += part.size
-        running.naming = True
-        await self._retried(partial(upload.manifest, data, manifest.media_type or MANIFEST_TYPES[0]))
+        for manifest in manifests:
+            for part in manifest.blobs:
+                if part.digest not in sent:
+                    await self._retried(partial(upload.blob, part))
+                    sent.add(part.digest)
+                running.sent = 0
+                if part in manifest.layers:
+                    running.done += part.size
+            running.naming = manifest is manifests[-1]
+            await self._retried(partial(upload.manifest, manifest, tagged=running.naming))
 
     async def _retried(self, attempt: Callable[[], Awaitable[None]]) -> None:
         delay = self._delay
@@ -323,9 +364,11 @@ class _Upload:
         async with self._send("PUT", place, headers=headers, content=lambda: self._bytes_of(part)) as response:
             _check(response.status_code, self._target, (201, 204), f"blob {part.digest}")
 
-    async def manifest(self, data: bytes, media_type: str) -> None:
-        path = f"/v2/{self._target.repository}/manifests/{self._target.tag}"
-        async with self._send("PUT", path, headers={"Content-Type": media_type}, content=data) as response:
+    async def manifest(self, manifest: _Sent, *, tagged: bool) -> None:
+        reference = self._target.tag if tagged else digest_of(manifest.data)
+        path = f"/v2/{self._target.repository}/manifests/{reference}"
+        headers = {"Content-Type": manifest.media_type}
+        async with self._send("PUT", path, headers=headers, content=manifest.data) as response:
             _check(response.status_code, self._target, (200, 201, 202), "the manifest")
 
     def _send(

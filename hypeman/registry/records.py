@@ -55,6 +55,22 @@ def digests_in_use(txn: Txn) -> set[str]:
     return found
 
 
+def index_of(txn: Txn, name: str, digest: str) -> list[tuple[str, str]]:
+    """Digests and media types of the index of which the image ``name`` with the manifest ``digest`` was made, and of
+    all that is in it, the index last. Empty if it was not made of one, or something of it is not here."""
+    for key, tag in txn.scan(TAGS):
+        if tag.image != name:
+            continue
+        repository = key.rpartition(":")[0]
+        index = txn.get(MANIFESTS, f"{repository}@{tag.digest}")
+        if index is not None and digest in index.manifests:
+            rows = [(child, txn.get(MANIFESTS, f"{repository}@{child}")) for child in index.manifests]
+            found = [(child, row.media_type) for child, row in rows if row is not None and not row.manifests]
+            if len(found) == len(rows):
+                return [*found, (tag.digest, index.media_type)]
+    return []
+
+
 def forget_image(txn: Txn, name: str) -> None:
     """An image was deleted: so are the tags from which it was made."""
     for key, row in list(txn.scan(TAGS)):

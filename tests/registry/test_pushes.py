@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypeman.registry.names import Code, RegistryFailure
 from hypeman.registry.push_types import CreatePushRequest, Push, PushStatus
 from hypeman.registry.pushes import PUSHES, Pushes, PushRow
 from tests.images.conftest import need_root
-from tests.images.layout import ImageFiles, archive_directory, entry, in_pieces, tar
+from tests.images.layout import OCI_INDEX, OCI_MANIFEST, ImageFiles, archive_directory, entry, in_pieces, tar
 from tests.registry.conftest import Served
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -62,6 +63,46 @@ async def test_an_image_is_pushed_and_is_the_same(served: Served, registry_host:
         assert raw.encode() == IMAGE.manifest
         again = await ended(pushes, await pushes.create(CreatePushRequest(image="local/app:v1", target=target)))
         assert [push.id for push in await pushes.list()] == [again.id, made.id]
+
+
+async def test_an_image_of_an_index_is_pushed_with_all_of_it(served: Served, registry_host: str) -> None:
+    """Platforms and attestations; once another image has the name, that alone."""
+    need_root()
+    statement = ImageFiles([b"a statement"], compression="none", media_type="application/vnd.in-toto+json")
+    index = json.dumps({
+        "schemaVersion": 2, "mediaType": OCI_INDEX,
+        "manifests": [
+            {"mediaType": OCI_MANIFEST, "digest": each.digest, "size": len(each.manifest), "platform": platform}
+            for each, platform in (
+                (IMAGE, {"os": "linux", "architecture": "amd64"}),
+                (statement, {"os": "unknown", "architecture": "unknown"}),
+            )
+        ],
+    }).encode()  # fmt: skip
+    registry = served.registry
+    for each in (IMAGE, statement):
+        for digest, data in each.blobs.items():
+            await registry.put_blob("team/attested", digest, in_pieces(data))
+        await registry.put_manifest("team/attested", each.digest, each.manifest, OCI_MANIFEST)
+    await registry.put_manifest("team/attested", "v1", index, OCI_INDEX)
+    assert (await served.images.wait_final("team/attested:v1")).status is ImageStatus.READY
+    target = f"{registry_host}/pushed/attested"
+    async with working(served) as pushes:
+        done = await ended(
+            pushes, await pushes.create(CreatePushRequest(image="team/attested:v1", target=f"{target}:v1"))
+        )
+        assert (done.status, done.error, done.layers) == (PushStatus.PUSHED, None, 3)
+        assert await raw(served, f"{target}:v1") == index
+        assert await raw(served, f"{target}@{statement.digest}") == statement.manifest
+        await registry.put_manifest("team/attested", "v1", IMAGE.manifest, OCI_MANIFEST)
+        assert (await served.images.wait_final("team/attested:v1")).status is ImageStatus.READY
+        await ended(pushes, await pushes.create(CreatePushRequest(image="team/attested:v1", target=f"{target}:v2")))
+        assert await raw(served, f"{target}:v2") == IMAGE.manifest
+
+
+async def raw(served: Served, name: str) -> bytes:
+    """The manifest that a registry has."""
+    return (await served.skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{name}")).encode()
 
 
 async def test_logins(served: Served, tmp_path: Path) -> None:
