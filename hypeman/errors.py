@@ -143,3 +143,14 @@ class NotSupported(HypemanError):
     status = 501
     retryable = False
     default_code = "not_supported"
+
+
+def cause_of(error: BaseException) -> str:
+    """What has happened: the text of ``error``, or of the nearest of its causes that has one, as a failed TLS handshake
+    does, which is reported as an exception without text; else its type."""
+    found: BaseException | None = error
+    while found is not None:
+        if text := str(found):
+            return text
+        found = found.__cause__ or found.__context__  # httpcore hides it: ``raise … from None``
+    return type(error).__name__

@@ -30,7 +30,7 @@ import trio
 from hypeman import __version__
 from hypeman.egress.transforms import Unavailable, Value, valid_until
 from hypeman.egress.types import OAuth2Form
-from hypeman.errors import InvalidRequest
+from hypeman.errors import InvalidRequest, cause_of
 from hypeman.host.checked_backend import CheckedBackend
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ class TokenClient:
         except trio.TooSlowError:
             raise Unavailable(f"no token from {where}: no answer within {TIMEOUT:g} s") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
-            raise Unavailable(f"no token from {where}: {str(error) or type(error).__name__}") from None
+            raise Unavailable(f"no token from {where}: {cause_of(error)}") from None
         if not 200 <= status < 300:
             raise Unavailable(f"no token from {where}: status {status}{_error_code(said)}")
         return _read_answer(form, secret, said, where)

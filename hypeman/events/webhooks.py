@@ -23,7 +23,7 @@ import trio
 
 from hypeman import __version__
 from hypeman.config import WebhookConfig
-from hypeman.errors import HypemanError
+from hypeman.errors import HypemanError, cause_of
 from hypeman.events import log
 from hypeman.events.service import Events
 from hypeman.events.signing import key_of, signed_headers
@@ -162,7 +162,7 @@ class _Hook:
         except trio.TooSlowError:
             raise _Refused(f"no answer within {self._config.timeout:g} s") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
-            raise _Refused(str(error) or type(error).__name__) from None
+            raise _Refused(cause_of(error)) from None
         if not 200 <= status < 300:
             after = headers.get(b"retry-after", b"")
             pause = min(float(after), LONGEST_PAUSE) if after.isdigit() else 0.0

@@ -36,7 +36,7 @@ import trio
 
 from hypeman import __version__
 from hypeman.config import ImagesConfig
-from hypeman.errors import HypemanError, InternalError, NotFound, RateLimited
+from hypeman.errors import HypemanError, InternalError, NotFound, RateLimited, cause_of
 from hypeman.host.tls import client_context
 from hypeman.images.auth import NOBODY, Keychain, Login
 from hypeman.images.manifest import (
@@ -629,7 +629,7 @@ def _describe(error: httpx.TransportError) -> str:
         return "does not answer"
     if isinstance(error, httpx.TimeoutException):
         return "has gone silent"
-    return f"the connection broke: {str(error) or type(error).__name__}"
+    return f"the connection broke: {cause_of(error)}"
 
 
 async def _checked_address(host: str, inward: bool, what: str) -> str:

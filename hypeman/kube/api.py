@@ -26,7 +26,7 @@ import msgspec
 import trio
 
 from hypeman import __version__
-from hypeman.errors import HypemanError
+from hypeman.errors import HypemanError, cause_of
 from hypeman.kube.credentials import Access
 from hypeman.kube.types import ListMeta, Status
 from hypeman.urls import segment
@@ -320,7 +320,7 @@ def _decoded(content: bytes, kind: type[T]) -> T:
 
 
 def _unreachable(method: str, path: str, error: Exception) -> Unreachable:
-    text = str(error) or type(error).__name__
+    text = cause_of(error)
     if any(words in text for words in _OF_ANOTHER_TIME):
         text += f" (by this host's clock, at which it is {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ})"
     return Unreachable(f"{method} {path}: {text}")

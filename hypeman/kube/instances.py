@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import httpx
 import trio
 
+from hypeman.errors import cause_of
 from hypeman.instances.model.types import Instance, StopInstanceRequest
 from hypeman.instances.model.validate import MAX_GRACE
 from hypeman.kube import names
@@ -75,7 +76,7 @@ class Instances:
             except LocalError as error:
                 log.warning("events: %s", error.message)
             except httpx.HTTPError as error:
-                log.warning("events: %s", str(error) or type(error).__name__)
+                log.warning("events: %s", cause_of(error))
             await trio.sleep(RETRY_SECONDS)
 
 

@@ -11,7 +11,7 @@ import msgspec
 import trio
 
 from hypeman import __version__
-from hypeman.errors import HypemanError
+from hypeman.errors import HypemanError, cause_of
 from hypeman.text import one_line
 
 REQUEST_SECONDS = 60.0
@@ -109,7 +109,7 @@ class LocalServer:
         except trio.TooSlowError:
             raise LocalUnreachable(f"{method} {path}: no answer in {timeout:g} s") from None
         except (httpx.HTTPError, OSError) as error:
-            raise LocalUnreachable(f"{method} {path}: {str(error) or type(error).__name__}") from None
+            raise LocalUnreachable(f"{method} {path}: {cause_of(error)}") from None
         if response.status_code >= 400:
             raise refusal(method, path, response.status_code, response.content)
         return response.content
@@ -131,7 +131,7 @@ class LocalServer:
                     raise refusal("GET", path, response.status_code, await response.aread())
                 yield response
         except (httpx.HTTPError, OSError) as error:
-            raise LocalUnreachable(f"GET {path}: {str(error) or type(error).__name__}") from None
+            raise LocalUnreachable(f"GET {path}: {cause_of(error)}") from None
 
     @staticmethod
     def _decoded(content: bytes, kind: type[T]) -> T:

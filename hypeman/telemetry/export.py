@@ -23,6 +23,7 @@ import trio
 
 from hypeman import __version__
 from hypeman.config import OtlpConfig
+from hypeman.errors import cause_of
 from hypeman.telemetry import metrics, otlp
 from hypeman.telemetry.traces import RECORDER, Span, Value
 from hypeman.text import one_line
@@ -160,7 +161,7 @@ class Exporter:
         except trio.TooSlowError:
             raise _Later(f"no answer within {self._config.timeout:g} s") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
-            raise _Later(str(error) or type(error).__name__) from None
+            raise _Later(cause_of(error)) from None
         if status in _LATER:
             after = headers.get(b"retry-after", b"")
             raise _Later(f"status {status}", min(float(after), LONGEST_PAUSE) if after.isdigit() else 0.0)

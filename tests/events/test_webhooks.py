@@ -222,12 +222,15 @@ async def test_only_wanted_events(lab: Lab) -> None:
     assert lab.receiver.ids() == ["i"]
 
 
-async def test_private_receivers_and_unknown_certificates_are_refused(lab: Lab) -> None:
+async def test_private_receivers_and_unknown_certificates_are_refused(
+    lab: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
     for fields in ({"allow_private": False}, {"ca_file": ""}):
         async with lab.server(retry_hours=0, **fields) as add:
             await add("a")
             await trio.testing.wait_all_tasks_blocked(0.1)
     assert lab.receiver.received == []
+    assert "certificate verify failed" in caplog.text
 
 
 @pytest.mark.parametrize(
