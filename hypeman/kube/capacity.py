@@ -90,8 +90,12 @@ def about_clock(ahead: float) -> tuple[str, str]:
     """Reason and message."""
     if abs(ahead) <= MAX_SKEW:
         return "ClockAgrees", "this host's clock agrees with the API server's"
-    reason, word = ("ClockAhead", "ahead of") if ahead > 0 else ("ClockBehind", "behind")
-    return reason, f"this host's clock is {abs(ahead):.0f} s {word} the API server's: one of them is wrong"
+    return "ClockAhead" if ahead > 0 else "ClockBehind", f"{difference(ahead)}: one of them is wrong"
+
+
+def difference(ahead: float) -> str:
+    """In words; ``ahead`` in seconds."""
+    return f"this host's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the API server's"
 
 
 def _condition(before: Condition | None, name: str, value: bool, reason: str, message: str, now: datetime) -> Condition:

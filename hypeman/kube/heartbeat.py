@@ -24,7 +24,7 @@ from hypeman.architecture import HOST
 from hypeman.devices.types import Device
 from hypeman.kube import names
 from hypeman.kube.api import ApiError, Patch, Refused, node_path
-from hypeman.kube.capacity import MAX_SKEW, allocatable, capacity, conditions
+from hypeman.kube.capacity import MAX_SKEW, allocatable, capacity, conditions, difference
 from hypeman.kube.decide import is_ours
 from hypeman.kube.instances import Instances
 from hypeman.kube.lease import LeaseClock
@@ -197,9 +197,7 @@ class Heartbeat:
             return
         self._clock_is_off = is_off
         if is_off:
-            log.warning(
-                "this host's clock is %.0f s %s the API server's", abs(ahead), "ahead of" if ahead > 0 else "behind"
-            )
+            log.warning("%s", difference(ahead))
         else:
             log.info("this host's clock agrees with the API server's")
 

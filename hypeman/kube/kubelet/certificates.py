@@ -31,6 +31,7 @@ from msgspec import Struct
 from hypeman.errors import HypemanError
 from hypeman.instances.model.phases import utc_now
 from hypeman.kube.api import ApiClient, ApiError, Refused
+from hypeman.kube.capacity import MAX_SKEW, difference
 from hypeman.kube.types import ObjectMeta
 
 log = logging.getLogger(__name__)
@@ -256,8 +257,7 @@ class Keeper:
                 log.warning("a certificate was not approved in time; requesting another one")
             except (ApiError, Refusal, OSError, ValueError) as error:
                 ended = api is self._first and isinstance(error, Refused) and error.http == 401
-                hint = "; the bootstrap token has ended, `hypeman node join` writes a new one" if ended else ""
-                log.warning("no certificate yet: %s%s", error, hint)
+                log.warning("no certificate yet: %s%s", error, _about_token(api.clock_ahead) if ended else "")
                 await trio.sleep(RETRY_SECONDS)
                 kept = self.load()
                 if kept is None or self._left(kept) <= 0:
@@ -276,6 +276,15 @@ class Keeper:
             f"; approve it with `kubectl certificate approve {name}`" if self._identity.signer == SERVING_SIGNER else ""
         )
         log.info("requested a certificate from the cluster: %s%s", name, hint)
+
+
+def _about_token(clock_ahead: float) -> str:
+    """Of a bootstrap token that the cluster does not take; when it ends was decided by this host's clock."""
+    if clock_ahead < -MAX_SKEW:
+        told = f"the bootstrap token has ended, and {difference(clock_ahead)}, which is to be set first"
+    else:
+        told = "the bootstrap token has ended, or it was not applied"
+    return f"; {told}; `hypeman node join` writes a new one"
 
 
 def load(path: Path, now: datetime) -> Pair | None:

@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from hypeman.kube.api import ApiClient, Unreachable
+from hypeman.kube.api import ApiClient, Refused, Unreachable
 from hypeman.kube.kubelet import certificates
 from hypeman.kube.kubelet.certificates import (
     CLIENT_SIGNER,
@@ -169,6 +169,25 @@ async def test_a_pair_that_ended_by_a_wrong_clock_only_is_used_again(
     await keeper.obtain()
     assert [pair.certificate for pair in used] == [first.certificate] * 2
     assert len(cluster.requests) == 1, "no administrator has to approve another one"
+
+
+@pytest.mark.parametrize(("ahead", "told"), [(0.0, False), (3 * 86400.0, False), (-3 * 86400.0, True)])
+async def test_a_token_that_ended_by_a_wrong_clock_is_told(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture, ahead: float, told: bool
+) -> None:
+    """Another one from `hypeman node join` would have ended as well, until the clock is set."""
+
+    class Stranger(Cluster):
+        async def create(self, path: str, body: Any, kind: type[Any]) -> Any:
+            await trio.lowlevel.checkpoint()
+            raise Refused("POST: 401 Unauthorized", code=401, reason="Unauthorized")
+
+    first = Stranger()
+    first.clock_ahead = ahead
+    with trio.move_on_after(1):
+        await Keeper(Cluster(), CLIENT, tmp_path / "client.pem", lambda pair: None, first=first).obtain()
+    assert "`hypeman node join` writes a new one" in caplog.text
+    assert ("this host's clock is 259200 s behind the API server's" in caplog.text) is told
 
 
 @pytest.mark.parametrize(
