@@ -12,13 +12,15 @@ import json
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs
 
 import httpx
 import trio
 
 Object = dict[str, Any]
+Fault = int | Literal["cut", "killed"]
+"""An HTTP status that is answered, a connection that breaks, or the program's death."""
 
 
 class Refuse(Exception):
@@ -34,39 +36,62 @@ class Refuse(Exception):
         self.code = code
 
 
+class Answered(Exception):
+    """The fake answers with this status instead."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 class Faults:
-    """Counts the requests of a fake, and breaks one of them: before or after it takes effect."""
+    """Counts the requests of a fake and the events that it sends, and breaks one of them: before or after it takes
+    effect."""
 
     def __init__(self) -> None:
         self.count = 0
         self.at: int | None = None
         self.after = False
-        self.kill: Callable[[], object] | None = None
-        """Called instead of breaking the connection: the whole program dies."""
+        self.fault: Fault = "cut"
+        self.died = trio.Event()
+        """With the fault "killed" set instead of breaking the connection: the whole program dies."""
         self.away = False
         """Every request fails."""
         self.seen: list[str] = []
+        """Method and path; EVENT and path for one of a watch."""
 
-    def arm(self, at: int, *, after: bool, kill: Callable[[], object] | None = None) -> None:
-        self.count, self.at, self.after, self.kill = 0, at, after, kill
+    def arm(self, at: int, fault: Fault, *, after: bool = False) -> None:
+        self.count, self.at, self.after, self.fault = 0, at, after, fault
 
     async def before(self, what: str) -> None:
-        self.count += 1
-        self.seen.append(what)
+        here = self._count(what)
         await trio.lowlevel.checkpoint()
         if self.away:
             raise httpx.ConnectError("away")
-        if self.count == self.at and not self.after:
+        if here:
             await self._break()
+
+    async def event(self, path: str) -> None:
+        """Before it is sent; several are sent at once, as by a server."""
+        if self._count(f"EVENT {path}"):
+            await self._break()
+
+    def _count(self, what: str) -> bool:
+        """Whether it is to be broken before it takes effect."""
+        self.count += 1
+        self.seen.append(what)
+        return self.count == self.at and not self.after
 
     async def done(self) -> None:
         if self.count == self.at and self.after:
             await self._break()
 
     async def _break(self) -> None:
-        if self.kill is None:
+        if isinstance(self.fault, int):
+            raise Answered(self.fault)
+        if self.fault == "cut":
             raise httpx.ReadError("cut")
-        self.kill()
+        self.died.set()
         await trio.sleep_forever()
 
 
@@ -139,15 +164,19 @@ class FakeCluster(httpx.AsyncBaseTransport):
         content = await request.aread()
         path = request.url.path
         query = {key: values[0] for key, values in parse_qs(request.url.query.decode()).items()}
-        await self.faults.before(f"{request.method} {path}")
         try:
+            await self.faults.before(f"{request.method} {path}")
             if query.get("watch"):
                 return self._watch(path, query)
-            answer = self._answer(request.method, path, query, json.loads(content) if content else None)
+            try:
+                answer = self._answer(request.method, path, query, json.loads(content) if content else None)
+            finally:
+                if request.method != "GET":
+                    await self.faults.done()
         except Refuse as refusal:
             return httpx.Response(refusal.code, json=refusal.body)
-        if request.method != "GET":
-            await self.faults.done()
+        except Answered as fault:
+            return httpx.Response(fault.code, json=Refuse(fault.code, "InternalError").body)
         return httpx.Response(200, json=answer, headers={"Date": format_datetime(self.clock(), usegmt=True)})
 
     def _answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Object:
@@ -234,6 +263,12 @@ class FakeCluster(httpx.AsyncBaseTransport):
             for at, change, place, each in [entry for entry in self.log if entry[0] > version]:
                 version = at
                 if _within(place, path) and _fits(each, query):
+                    try:
+                        await self.faults.event(path)
+                    except Answered as fault:
+                        error = {"type": "ERROR", "object": Refuse(fault.code, "InternalError").body}
+                        yield json.dumps(error).encode() + b"\n"
+                        return
                     yield json.dumps({"type": change, "object": each}).encode() + b"\n"
             if version >= self.version:
                 await changed.wait()

@@ -15,7 +15,7 @@ import trio
 
 from hypeman.instances.model.types import CreateInstanceRequest
 from hypeman.instances.model.validate import MAX_GRACE
-from tests.kube.fake_cluster import Faults, Lines
+from tests.kube.fake_cluster import Answered, Faults, Lines
 
 Object = dict[str, Any]
 GIB = 1 << 30
@@ -67,17 +67,22 @@ class FakeHost(httpx.AsyncBaseTransport):
         content = await request.aread()
         path = request.url.raw_path.decode().partition("?")[0]
         query = {key: values[0] for key, values in parse_qs(request.url.query.decode()).items()}
-        await self.faults.before(f"{request.method} {path}")
-        if path == "/events":
-            return httpx.Response(200, stream=Lines(self._events()))
         try:
-            answer = self._answer(request.method, path, query, content)
+            await self.faults.before(f"{request.method} {path}")
+            if path == "/events":
+                return httpx.Response(200, stream=Lines(self._events()))
+            try:
+                answer = self._answer(request.method, path, query, content)
+            finally:
+                if request.method != "GET":
+                    self._note()
+                    await self.faults.done()
         except Refuse as refusal:
             return refusal.response
+        except Answered as fault:
+            return Refuse(fault.code, "internal_error").response
         if request.method != "GET":
             self.calls.append(f"{request.method} {path}")
-            self._note()
-            await self.faults.done()
         return httpx.Response(204) if answer is None else httpx.Response(200, json=answer)
 
     def _answer(self, method: str, path: str, query: dict[str, str], content: bytes) -> Any:
@@ -240,6 +245,10 @@ class FakeHost(httpx.AsyncBaseTransport):
     async def _events(self) -> AsyncIterator[bytes]:
         while not self.faults.away:
             changed = self._changed
+            try:
+                await self.faults.event("/events")
+            except Answered:
+                return
             yield b"data: {}\n\n"
             await changed.wait()
 

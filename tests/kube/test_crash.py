@@ -1,8 +1,9 @@
-"""The node program killed, or its connection cut, at every request to the cluster and to the host: the next run, or the
-next attempt, ends in the same state, and there was never a second instance for a pod.
+"""The node program killed, its connection cut, or an error for an answer, at every request to the cluster and to the
+host and at every event of a watch: the next run, or the next attempt, ends in the same state, and there was never a
+second instance for a pod.
 
-Each story runs once undisturbed to count its requests; then once for each request that is cut, and each write at which
-the program dies: before it took effect, and after.
+Each story runs once undisturbed to count its requests; then once for each of them that is disturbed before it took
+effect, and once for each write that is disturbed after.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.kube.fake_cluster import Faults
+from tests.kube.fake_cluster import Fault, Faults
 from tests.kube.world import REPLICA_SET, SANDBOX, SANDBOX_PATH, WARM_POOL_PATH, World
 
 Story = Callable[[World], Awaitable[None]]
@@ -57,32 +58,34 @@ STORIES = (born_and_deleted, suspended_and_continued, forked)
 
 
 @pytest.mark.parametrize("side", ["cluster", "host"])
-@pytest.mark.parametrize("how", ["killed", "cut"])
+@pytest.mark.parametrize("fault", ["killed", "cut", 429, 500, 504])
 @pytest.mark.parametrize("story", STORIES, ids=lambda story: story.__name__)
-async def test_every_request(story: Story, how: str, side: str, autojump_clock: MockClock) -> None:
+async def test_every_request(story: Story, fault: Fault, side: str, autojump_clock: MockClock) -> None:
     world = World()
     async with world.running():
         await story(world)
-    requests = _faults(world, side).seen
-    writes = [number for number, what in enumerate(requests, 1) if not what.startswith("GET")]
+    seen = _faults(world, side).seen
+    writes = [number for number, what in enumerate(seen, 1) if not what.startswith(("GET", "EVENT"))]
     assert len(writes) > 4, "the story has something to disturb"
-    for at in writes if how == "killed" else range(1, len(requests) + 1):
-        await _disturbed(story, how, side, at, after=False)
-    for at in writes:
-        await _disturbed(story, how, side, at, after=True)
+    for at in range(1, len(seen) + 1):
+        await _disturbed(story, fault, side, at, after=False)
+    for at in writes if fault != 429 else ():  # which says that nothing was done
+        await _disturbed(story, fault, side, at, after=True)
 
 
-async def _disturbed(story: Story, how: str, side: str, at: int, *, after: bool) -> None:
+async def _disturbed(story: Story, fault: Fault, side: str, at: int, *, after: bool) -> None:
     world = World()
-    died = trio.Event()
-    _faults(world, side).arm(at, after=after, kill=died.set if how == "killed" else None)
+    faults = _faults(world, side)
+    faults.arm(at, fault, after=after)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_keep_running, world, died)
+            nursery.start_soon(_keep_running, world, faults.died)
             await story(world)
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as failure:
-        failure.add_note(f"{how} at request {at} of the {side}, {'after' if after else 'before'} it took effect")
+        what = faults.seen[at - 1] if at <= len(faults.seen) else "never reached"
+        when = "after" if after else "before"
+        failure.add_note(f"{fault} at request {at} of the {side} ({what}), {when} it took effect")
         raise
 
 
