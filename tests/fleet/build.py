@@ -5,7 +5,8 @@
 The sources come through the Go module proxy, at the versions and checksums of ``controlplane/go.mod`` and ``go.sum``.
 Cached by content, like the guest kernel: the directory's name holds a hash of all that goes in.
 
-    controlplane     etcd, kube-apiserver, kube-controller-manager, kube-scheduler and kubectl, by its first argument
+    controlplane     etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kubectl and metrics-server, by its
+                     first argument
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ Certificates come from one CA, which is made here; the API server verifies those
 from __future__ import annotations
 
 import base64
+import ipaddress
 import json
 import os
 import secrets
@@ -46,24 +47,29 @@ PATIENCE = 300.0
 """Seconds until a wait counts as a hang; a busy machine is slow, not wrong."""
 GRACE_SECONDS = 15
 """Without a heartbeat, after which a node counts as gone."""
+VALID = timedelta(days=10)
+"""Of certificates, before and after now."""
 
 
 class Authority:
-    """A CA that writes certificates as files."""
+    """A CA that writes certificates as files; its own is ``name``.pem. All are valid for some days before and after
+    now, as those of a cluster are, so that a host whose clock is off by days can use them."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, name: str = "ca") -> None:
         self.directory = directory
         self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fleet")])
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"fleet {name}")])
         certificate = (
             self._builder(self._name, self._key)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .sign(self._key, hashes.SHA256())
         )
         self.pem = certificate.public_bytes(Encoding.PEM)
-        self._write("ca", self.pem, self._key)
+        self._write(name, self.pem, self._key)
 
-    def issue(self, file: str, name: str, *groups: str, addresses: tuple[str, ...] = ()) -> None:
+    def issue(
+        self, file: str, name: str, *groups: str, addresses: tuple[str, ...] = (), hosts: tuple[str, ...] = ()
+    ) -> None:
         """``file``.pem and ``file``.key."""
         subject = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, group) for group in groups]
         subject.append(x509.NameAttribute(NameOID.COMMON_NAME, name))
@@ -71,10 +77,9 @@ class Authority:
         builder = self._builder(x509.Name(subject), key).add_extension(
             x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
         )
-        if addresses:
-            import ipaddress
-
-            names = [x509.IPAddress(ipaddress.ip_address(each)) for each in addresses]
+        names: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(each)) for each in addresses]
+        names += [x509.DNSName(each) for each in hosts]
+        if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         self._write(file, builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM), key)
 
@@ -86,8 +91,8 @@ class Authority:
             .issuer_name(self._name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(hours=1))
-            .not_valid_after(now + timedelta(days=1))
+            .not_valid_before(now - VALID)
+            .not_valid_after(now + VALID)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
@@ -156,13 +161,18 @@ class ControlPlane:
             self.namespace.run(*command.split())
         self.authority = Authority(directory)
         self.authority.issue("apiserver", "kube-apiserver", addresses=(ADDRESS, "127.0.0.1", "10.96.0.1"))
+        Authority(directory, "front-proxy-ca").issue("front-proxy", "front-proxy")
         self.authority.issue("admin", "admin", "system:masters")
         self.authority.issue("kubelet-client", "kube-apiserver-kubelet-client", "system:masters")
         for name in ("controller-manager", "scheduler"):
             self.authority.issue(name, f"system:kube-{name}")
         self._write_service_account_key()
         for name in ("admin", "controller-manager", "scheduler"):
-            self._write_kubeconfig(name)
+            pair = {
+                "client-certificate-data": self.encoded(f"{name}.pem"),
+                "client-key-data": self.encoded(f"{name}.key"),
+            }
+            self.write_kubeconfig(name, pair)
         self.etcd = Program("etcd", self.namespace, directory)
         self.apiserver = Program("apiserver", self.namespace, directory)
         self.controllers = Program("controllers", self.namespace, directory)
@@ -181,7 +191,7 @@ class ControlPlane:
 
     def start(self) -> None:
         self.etcd.start(
-            *self._program("etcd"),
+            *self.program("etcd"),
             f"--data-dir={self.directory}/etcd",
             "--listen-client-urls=http://127.0.0.1:2379",
             "--advertise-client-urls=http://127.0.0.1:2379",
@@ -191,7 +201,7 @@ class ControlPlane:
         )
         self.start_apiserver()
         self.controllers.start(
-            *self._program("kube-controller-manager"),
+            *self.program("kube-controller-manager"),
             *self._as("controller-manager"),
             f"--cluster-signing-cert-file={self.directory}/ca.pem",
             f"--cluster-signing-key-file={self.directory}/ca.key",
@@ -201,16 +211,17 @@ class ControlPlane:
             "--controllers=*,bootstrap-signer-controller,token-cleaner-controller",
             f"--node-monitor-grace-period={GRACE_SECONDS}s",
             "--node-monitor-period=2s",
+            "--horizontal-pod-autoscaler-sync-period=5s",
             "--allocate-node-cidrs",
             "--cluster-cidr=10.88.0.0/16",
         )
-        self.scheduler.start(*self._program("kube-scheduler"), *self._as("scheduler"))
+        self.scheduler.start(*self.program("kube-scheduler"), *self._as("scheduler"))
 
     def start_apiserver(self) -> None:
         """Returns once it is ready."""
         certificates = self.directory
         self.apiserver.start(
-            *self._program("kube-apiserver"),
+            *self.program("kube-apiserver"),
             "--etcd-servers=http://127.0.0.1:2379",
             f"--advertise-address={ADDRESS}",
             "--secure-port=6443",
@@ -228,6 +239,14 @@ class ControlPlane:
             f"--kubelet-client-key={certificates}/kubelet-client.key",
             f"--kubelet-certificate-authority={certificates}/ca.pem",
             "--kubelet-preferred-address-types=InternalIP",
+            f"--requestheader-client-ca-file={certificates}/front-proxy-ca.pem",
+            "--requestheader-allowed-names=front-proxy",
+            "--requestheader-username-headers=X-Remote-User",
+            "--requestheader-group-headers=X-Remote-Group",
+            "--requestheader-extra-headers-prefix=X-Remote-Extra-",
+            f"--proxy-client-cert-file={certificates}/front-proxy.pem",
+            f"--proxy-client-key-file={certificates}/front-proxy.key",
+            "--enable-aggregator-routing",
             "--profiling=false",
         )
         eventually(lambda: self._run("get", "--raw=/readyz").stdout == "ok", "the API server is ready", self.apiserver)
@@ -258,7 +277,7 @@ class ControlPlane:
     def command(self, *arguments: str) -> list[str]:
         """kubectl as the administrator, for a process of one's own."""
         admin = f"--kubeconfig={self.directory}/admin.conf"
-        return self.namespace.command(*self._program("kubectl"), admin, *arguments)
+        return self.namespace.command(*self.program("kubectl"), admin, *arguments)
 
     def _run(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -276,7 +295,7 @@ class ControlPlane:
 
     # ── Files ───────────────────────────────────────────────────────────────────────────────────
 
-    def _program(self, name: str) -> tuple[str, str]:
+    def program(self, name: str) -> tuple[str, str]:
         return str(self.programs / "controlplane"), name
 
     def _as(self, name: str) -> tuple[str, ...]:
@@ -290,22 +309,23 @@ class ControlPlane:
         public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
         (self.directory / "sa.pub").write_bytes(public)
 
-    def _write_kubeconfig(self, name: str) -> None:
-        def data(file: str) -> str:
-            return base64.b64encode((self.directory / file).read_bytes()).decode()
-
-        user = {"client-certificate-data": data(f"{name}.pem"), "client-key-data": data(f"{name}.key")}
+    def write_kubeconfig(self, name: str, user: dict[str, str]) -> None:
+        """``name``.conf, for one who proves to be ``user``."""
         tree = {
             "apiVersion": "v1",
             "kind": "Config",
             "current-context": "fleet",
             "contexts": [{"name": "fleet", "context": {"cluster": "fleet", "user": name}}],
             "clusters": [
-                {"name": "fleet", "cluster": {"server": SERVER, "certificate-authority-data": data("ca.pem")}}
+                {"name": "fleet", "cluster": {"server": SERVER, "certificate-authority-data": self.encoded("ca.pem")}}
             ],
             "users": [{"name": name, "user": user}],
         }
         (self.directory / f"{name}.conf").write_text(json.dumps(tree))
+
+    def encoded(self, file: str) -> str:
+        """Base64 of a file."""
+        return base64.b64encode((self.directory / file).read_bytes()).decode()
 
 
 def eventually(look: Callable[[], T], what: str, *programs: Program) -> T:

@@ -155,3 +155,9 @@ def gone_after(seconds: int) -> list[dict[str, Any]]:
         {"key": f"node.kubernetes.io/{key}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": seconds}
         for key in ("not-ready", "unreachable")
     ]
+
+
+def without_real() -> dict[str, Any]:
+    """Affinity: not on the host whose VMs are real, where each takes its time."""
+    term = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["host3"]}]}
+    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}

@@ -67,7 +67,7 @@ class Host:
             "NODE__LEASE_DURATION": "8", "NODE__FENCE_AFTER": str(FENCE_SECONDS), "NODE__MAX_PODS": "200",
             **(kind.settings() if real else {"HYPERVISOR__ACCELERATOR": "tcg", "OVERSUBSCRIPTION__MEMORY": "64",
                                              "OVERSUBSCRIPTION__DISK": "64",
-                                             "FAKE_DEVICES": str(self.directory / "devices")}),
+                                             "FAKE_DEVICES": str(self.directory / "devices"), "FAKE_LOAD": "yes"}),
         }  # fmt: skip
 
     def other_clock(self, offset: str) -> dict[str, str]:
@@ -79,25 +79,27 @@ class Host:
 
     # ── Its programs ────────────────────────────────────────────────────────────────────────────
 
-    def start_server(self) -> None:
+    def start_server(self, **environ: str) -> None:
         """Returns once it answers."""
         module = ["hypeman", "serve"] if self.real else ["tests.bench.fake_vmm_server"]
-        self.server.start(sys.executable, "-m", *module, PYTHONPATH=str(ROOT), **self.environ)
+        self.server.start(sys.executable, "-m", *module, PYTHONPATH=str(ROOT), **self.environ, **environ)
         eventually(lambda: self.socket.exists() and self.ask("GET", "/health"), f"{self.name} answers", self.server)
 
     def start_node(self, **environ: str) -> None:
         self.node.start(sys.executable, "-m", "hypeman", "node", PYTHONPATH=str(ROOT), **self.environ, **environ)
 
-    def join(self) -> None:
-        """As an administrator does it: the two commands of docs/kubernetes.md, then the program."""
+    def join(self, **environ: str) -> None:
+        """As an administrator does it: the two commands of docs/kubernetes.md, then the program; on the host with
+        ``environ``."""
         ca_file = self.control.directory / "ca.pem"
         command = [sys.executable, "-m", "hypeman", "node", "join", "--server", SERVER, "--ca-file", str(ca_file)]
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **self.environ}, check=False
-        )
+            command, capture_output=True, text=True, cwd=ROOT, check=False,
+            env={**os.environ, **self.environ, **environ},
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         self.control.kubectl("apply", "-f", "-", stdin=done.stdout)
-        self.start_node()
+        self.start_node(**environ)
 
     def import_image(self) -> None:
         self.ask("POST", f"/images/import?name={IMAGE}", busybox_archive())

@@ -10,15 +10,25 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from tests.bench.fake_vmm_server import GPU_CLASS, GPUS, PROFILE
 from tests.fleet.control import GRACE_SECONDS, eventually
-from tests.fleet.fleet import Fleet, deployment, gone_after, in_namespace, is_running, pod, resources
-from tests.fleet.hosts import FENCE_SECONDS
-from tests.real.appliance import ROOT
+from tests.fleet.fleet import (
+    Fleet,
+    deployment,
+    gone_after,
+    in_namespace,
+    is_running,
+    pod,
+    resources,
+    without_real,
+)
+from tests.fleet.hosts import FENCE_SECONDS, Host
+from tests.real.appliance import ROOT, short_directory
 
 pytestmark = pytest.mark.fleet
 
@@ -178,8 +188,8 @@ def test_two_pods_of_one_name_are_two_instances(fleet: Fleet) -> None:
         assert len(here) == 2
 
 
-def test_statistics_reach_metrics_server(fleet: Fleet) -> None:
-    """What metrics-server scrapes, which is what `kubectl top` shows."""
+def test_statistics_are_reported_to_the_cluster(fleet: Fleet) -> None:
+    """Through the API server's proxy, as monitoring reads them; `kubectl top` is in test_top.py."""
     host = fleet.fakes[0]
     with fleet.namespace() as namespace:
         fleet.control.apply(pod("busy", namespace, node=host.name))
@@ -391,8 +401,9 @@ def test_pods_keep_running_without_an_api_server(fleet: Fleet) -> None:
         fleet.wait_running(namespace, 5)
 
 
-def test_a_node_whose_clock_is_off_stays_a_node(fleet: Fleet) -> None:
-    """Two hours ahead: it says so and works. Set back: its heartbeats still count, although they come from the past."""
+@pytest.mark.parametrize(("offset", "word"), [("+2h", "ahead of"), ("+3d", "ahead of"), ("-3d", "behind")])
+def test_a_node_whose_clock_is_off_stays_a_node(fleet: Fleet, offset: str, word: str) -> None:
+    """It says so and works. Set right: its heartbeats still count, although they may come from the past."""
     victim = fleet.fakes[0]
 
     def ready_for(seconds: float) -> None:
@@ -406,12 +417,14 @@ def test_a_node_whose_clock_is_off_stays_a_node(fleet: Fleet) -> None:
         fleet.wait_running(namespace, 1)
         [instance] = in_namespace(victim, namespace)
         victim.node.end()
-        victim.start_node(**victim.other_clock("+2h"))
+        victim.start_node(**victim.other_clock(offset))
         try:
             eventually(lambda: fleet.condition(victim, "ClockSkewed") == "True", "the condition is set", victim.node)
-            assert "ahead of the API server's" in fleet.control.kubectl("describe", "node", victim.name)
+            assert f"{word} the API server's" in fleet.control.kubectl("describe", "node", victim.name)
             fleet.control.apply(pod("meanwhile", namespace, node=victim.name))
             fleet.wait_running(namespace, 2)
+            healthy = fleet.control.kubectl("get", "--raw", f"/api/v1/nodes/{victim.name}/proxy/healthz")
+            assert healthy == "ok", "its API and the API server take each other's certificates"
         finally:
             victim.node.end()
             victim.start_node()
@@ -420,6 +433,58 @@ def test_a_node_whose_clock_is_off_stays_a_node(fleet: Fleet) -> None:
         after = fleet.wait_running(namespace, 2)
         assert {each["status"]["containerStatuses"][0]["restartCount"] for each in after} == {0}
         assert instance["id"] in {each["id"] for each in in_namespace(victim, namespace)}
+
+
+@pytest.fixture
+def newcomer(fleet: Fleet) -> Iterator[Host]:
+    """A fourth host, which has not joined."""
+    for directory in short_directory("late"):
+        directory.chmod(0o755)
+        host = Host(fleet.control, directory, 4)
+        try:
+            yield host
+        finally:
+            host.close()
+            fleet.control.kubectl("delete", "node", host.name, "--ignore-not-found")
+
+
+def says(host: Host, *words: str) -> None:
+    """The node program, in its log."""
+    eventually(lambda: all(each in host.node.log.read_text() for each in words), " … ".join(words), host.node)
+
+
+def test_a_host_whose_clock_is_ahead_joins(fleet: Fleet, newcomer: Host) -> None:
+    clock = newcomer.other_clock("+3d")
+    newcomer.start_server(**clock)
+    newcomer.import_image()
+    newcomer.join(**clock)
+    fleet.wait_ready(newcomer)
+    fleet.approve_serving(newcomer)
+    assert fleet.condition(newcomer, "ClockSkewed") == "True"
+    with fleet.namespace() as namespace:
+        fleet.control.apply(pod("early", namespace, node=newcomer.name))
+        fleet.wait_running(namespace, 1)
+
+
+def test_a_host_whose_clock_is_behind_says_why_it_cannot_join_yet(fleet: Fleet, newcomer: Host) -> None:
+    """Its token has ended before it was made. With the clock set and another token it joins."""
+    clock = newcomer.other_clock("-3d")
+    newcomer.start_server(**clock)
+    newcomer.join(**clock)
+    says(newcomer, "the bootstrap token has ended", "s behind the API server's")
+    newcomer.node.end()
+    newcomer.join()
+    fleet.wait_ready(newcomer)
+
+
+@pytest.mark.parametrize(("offset", "word"), [("+30d", "certificate has expired"), ("-30d", "is not yet valid")])
+def test_a_host_that_takes_the_clusters_certificate_for_invalid_says_what_time_it_is(
+    fleet: Fleet, newcomer: Host, offset: str, word: str
+) -> None:
+    newcomer.start_server()
+    newcomer.join(**newcomer.other_clock(offset))
+    believed = datetime.now(UTC) + timedelta(days=int(offset.removesuffix("d")))
+    says(newcomer, word, f"by this host's clock, at which it is {believed:%Y-%m-}")
 
 
 def test_a_server_that_does_not_answer_sends_no_heartbeat(fleet: Fleet) -> None:
@@ -460,12 +525,6 @@ def test_a_claim_is_a_volume_of_the_host_that_was_chosen(fleet: Fleet) -> None:
         eventually(
             lambda: not [each for each in host.ask("GET", "/volumes") if each["id"] == bound], "the volume is gone"
         )
-
-
-def without_real() -> dict[str, Any]:
-    """Affinity: not on the host whose VMs are real, where each takes its time."""
-    term = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["host3"]}]}
-    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}
 
 
 # ── Sandboxes ───────────────────────────────────────────────────────────────────────────────────
