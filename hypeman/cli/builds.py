@@ -70,7 +70,13 @@ def build() -> None:
 @click.option(
     "--network", type=click.Choice(["egress", "isolated", "default", "none"]), help="Network of the VM that builds."
 )
-@click.option("--builder", "--builder-id", "builder_id", help="Builder whose cache is used.")
+@click.option(
+    "--builder",
+    "--builder-id",
+    "builder_id",
+    envvar="HYPEMAN_BUILDER",
+    help="Builder whose cache is used; default: HYPEMAN_BUILDER, or no cache.",
+)
 @click.option("--cache-scope", help="Use the cache of this name in the server's registry.")
 @click.option("--global-cache-key", help="Use the shared cache of this name.")
 @click.option("--is-admin-build", is_flag=True, help="Allow writing to the shared cache.")

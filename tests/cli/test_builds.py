@@ -74,6 +74,16 @@ def test_a_build_sends_its_context_and_shows_its_progress(server: Running, cli: 
     assert result.exit_code == 1 and "queued" in result.stderr, "the fake's build never ends"
 
 
+def test_the_builder_of_the_environment(
+    server: Running, cli: Any, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPEMAN_BUILDER", "mine")
+    cli("build", str(project))
+    assert server.world.builds.fields["builder_id"] == b"mine"
+    cli("build", "--builder", "other", str(project))
+    assert server.world.builds.fields["builder_id"] == b"other"
+
+
 def test_a_ready_build_prints_its_image(server: Running, cli: Any, project: Path) -> None:
     server.world.builds.outcome = {"image_ref": "docker.io/team/app:v1", "image_digest": "sha256:abc"}
     assert cli("build", str(project)).stdout == "docker.io/team/app:v1\n"
