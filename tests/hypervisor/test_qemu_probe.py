@@ -71,7 +71,7 @@ async def test_kvm_that_runs_a_kernel_is_taken(processes: Processes, tmp_path: P
         (KVM_HANGS, "printed nothing for 0.3 s"),
         (KVM_HANGS_HALF_WAY, "printed nothing for 0.3 s"),
         (KVM_ABORTS, "SIGABRT.*failed to set MSR 0x10a"),
-        (KVM_SILENT, "without a word"),
+        (KVM_SILENT, "ended 3 times without printing anything"),
     ],
 )
 async def test_kvm_that_does_not_leads_to_tcg_with_the_reason(
@@ -84,6 +84,12 @@ async def test_kvm_that_does_not_leads_to_tcg_with_the_reason(
         raise AssertionError(driver.capabilities.accelerator_reason)
     driver = await probe(processes, tmp_path, script, accelerator="kvm")
     assert not driver.capabilities.available and "kvm is configured, but" in driver.capabilities.reason
+
+
+async def test_a_kernel_that_ends_silently_is_tried_again(processes: Processes, tmp_path: Path) -> None:
+    once = f'if mkdir "{tmp_path}/tried" 2>/dev/null; then exit 0; fi\n'
+    driver = await probe(processes, tmp_path, KVM_WORKS.replace("echo 'Linux", once + "echo 'Linux"))
+    assert (tmp_path / "tried").exists() and driver.capabilities.accelerator == "kvm"
 
 
 async def test_kvm_that_only_root_may_open_is_none_for_vmms(
