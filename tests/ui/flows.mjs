@@ -106,7 +106,7 @@ test("create, watch it boot, use its terminal, logs and files, snapshot, fork, d
   await page.locator(".tree li li li").getByText("shop-trial").waitFor();
   await node.getByRole("button", { name: "Restore" }).click();
   await page.getByRole("dialog").getByRole("button", { name: "Restore" }).click();
-  await page.getByText("is as it was at shop-warm").waitFor();
+  await page.getByText("was restored to shop-warm").waitFor();
 
   await page.getByRole("button", { name: "Delete", exact: true }).click();
   await page.getByRole("dialog").getByRole("button", { name: "Delete" }).click();
@@ -213,7 +213,7 @@ test("the palette finds, and letters go to pages", async () => {
 
 test("what an operation spent its time on is a timeline, and a failed one says why", async () => {
   const page = await open(browser, "/instances/runner/operations");
-  await page.getByText("No operation is remembered").waitFor();
+  await page.getByText("No operations").waitFor();
   await api("POST", "/instances/runner/standby");
   const operation = page.locator("details").filter({ hasText: "/standby" });
   const phases = operation.getByRole("list", { name: /Phases of POST/ }).getByRole("listitem");
@@ -386,13 +386,13 @@ for (const [status, message] of [[403, "this token lacks a scope"], [429, "too m
   test(`a refusal with ${status} is shown as it is, and not as an empty list`, async () => {
     const page = await open(browser, "/instances/web/network");
     page.expected.push(/Failed to load/);
-    await page.getByRole("region", { name: "Host names" }).or(page.getByText("No host name leads here")).first().waitFor();
+    await page.getByRole("region", { name: "Host names" }).or(page.getByText("No host names")).first().waitFor();
     const refuse = (route) => route.fulfill({ status, contentType: "application/json", body: JSON.stringify({ code: "x", message }) });
     await page.route(/\/(ingresses|volumes|images|devices|builds|usage|resources|instances\/gone)(\?|$)/, refuse);
     for (const path of ["/instances/web/network", "/volumes", "/images", "/ingresses", "/builds", "/instances/gone"]) {
       await page.goto(`${BASE}/ui${path}`);
       await page.getByText(message).first().waitFor();
-      for (const lie of [/^No [a-z ]+ yet/, "No host name leads here", "There is no such instance"])
+      for (const lie of [/^No (builds|images|ingresses|volumes)( yet)?$/, "No host names", "Instance not found"])
         assert.equal(await page.getByText(lie).count(), 0, `${path}: ${lie}`);
     }
     await page.done();
