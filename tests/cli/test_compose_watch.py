@@ -16,7 +16,7 @@ from hypeman.cli.compose.model import ComposeError, Stack
 from hypeman.cli.compose.watching import Action, Job, Rule, changed, plan, scan
 from hypeman.errors import HypemanError
 from hypeman.guest.session_types import ExecRequest
-from tests.fakes.services import FakeExec
+from tests.fakes.services.sessions import FakeExec
 
 
 def load(text: str, directory: Path) -> Stack:

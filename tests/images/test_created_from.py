@@ -17,7 +17,7 @@ from tests.images.conftest import Start
 from tests.images.faults import FaultyRegistry, Request, Response
 from tests.images.layout import ImageFiles, entry, tar
 from tests.instances.fake_world import Lab, request
-from tests.instances.test_lifecycle import settled
+from tests.instances.situations import settled
 from tests.instances.test_trouble import appeared
 
 FILES = ImageFiles([tar(entry("one", data=b"1" * 9000))], config={"Entrypoint": ["/one"]})

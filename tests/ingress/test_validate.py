@@ -11,7 +11,7 @@ import pytest
 from hypeman.errors import HypemanError, NotFound
 from hypeman.ingress.types import CreateIngressRequest, IngressRecord
 from hypeman.ingress.validate import check_request
-from tests.fakes.services import refuse_tls
+from tests.fakes.services.resources import refuse_tls
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 SECRET = "0123456789abcdef0123456789abcdef"

@@ -36,7 +36,7 @@ from hypeman.paths import Paths
 from hypeman.store import Store
 from hypeman.volumes.records import ATTACHMENTS
 from tests.instances.fake_world import FakeGuest, HostFailed, Lab, request
-from tests.instances.test_lifecycle import clean_up, in_standby, running, settled, until_state, with_volume
+from tests.instances.situations import clean_up, in_standby, running, settled, until_state, with_volume
 from tests.instances.test_trouble import jam_taps, make_volume, remove_volumes
 
 AT_DATA = AttachVolumeRequest(mount_path="/data", readonly=True)

@@ -12,7 +12,7 @@ from hypeman.instances.model.steps import Irreversible, Reversible, Step
 from hypeman.paths import Paths
 from hypeman.store import Store
 from tests.instances.fake_world import Lab
-from tests.instances.test_lifecycle import clean_up, stopped
+from tests.instances.situations import clean_up, stopped
 
 
 def effects() -> Effects:

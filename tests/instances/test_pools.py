@@ -31,16 +31,8 @@ from hypeman.resources.accounting import Limits, totals
 from hypeman.saga import carry_out
 from hypeman.store import Store
 from tests.instances.fake_world import HostFailed, Lab, request
-from tests.instances.test_lifecycle import (
-    MEMBER,
-    check_owned,
-    clean_up,
-    lab,
-    pool_size,
-    pools_ready,
-    settled,
-    with_snapshot,
-)
+from tests.instances.owned import check_owned
+from tests.instances.situations import MEMBER, clean_up, lab, pool_size, pools_ready, settled, with_snapshot
 
 __all__ = ["lab"]
 GUEST = 64 << 20

@@ -21,7 +21,7 @@ from hypeman.store import Store
 from hypeman.tokens import mint
 from tests.fakes.services import FakeWorld
 from tests.instances.fake_world import Lab, request
-from tests.instances.test_lifecycle import clean_up, rows, settled
+from tests.instances.situations import clean_up, rows, settled
 from tests.instances.test_trouble import appeared
 from tests.instances.test_unknown import is_unknown
 

@@ -22,7 +22,7 @@ from hypeman.resources.types import MemoryReclaimRequest
 from hypeman.store import Store
 from hypeman.units import MIB
 from tests.instances.fake_world import Lab, request
-from tests.instances.test_lifecycle import settled
+from tests.instances.situations import settled
 
 GIB = 1 << 30
 

@@ -49,10 +49,10 @@ from hypeman.store import Store, Txn
 from hypeman.volumes.records import VOLUMES, VolumeRecord
 from tests.fakes.fake_vmm import FakeVmm
 from tests.instances.fake_world import FakeGuest, HostFailed, Lab, request
-from tests.instances.test_lifecycle import (
+from tests.instances.owned import check_owned
+from tests.instances.situations import (
     Act,
     attach,
-    check_owned,
     clean_up,
     create,
     fork,

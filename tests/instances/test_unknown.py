@@ -35,7 +35,8 @@ from hypeman.paths import Paths
 from hypeman.store import Store
 from tests.fakes.fake_vmm import FakeProcess, FakeVmm
 from tests.instances.fake_world import FakeGuest, HostFailed, Lab
-from tests.instances.test_lifecycle import check_owned, clean_up, in_standby, rows, running, until_state, with_volume
+from tests.instances.owned import check_owned
+from tests.instances.situations import clean_up, in_standby, rows, running, until_state, with_volume
 
 
 def no_answer() -> VmmBroken:

@@ -76,21 +76,13 @@ from hypeman.store import Store
 from hypeman.telemetry import traces
 from hypeman.tokens import mint
 from hypeman.volumes.types import CreateVolumeRequest, VolumeAttachment
-from tests.fakes.services import (
-    DIGEST,
-    FakeCopyOut,
-    FakeEgress,
-    FakeEgressRecords,
-    FakeEvents,
-    FakeExec,
-    FakeFollower,
-    FakeImages,
-    FakeInstances,
-    FakeMetering,
-    FakeSnapshots,
-    FakeWorld,
-    normalized,
-)
+from tests.fakes.services import FakeWorld
+from tests.fakes.services.common import DIGEST, normalized
+from tests.fakes.services.egress import FakeEgress, FakeEgressRecords
+from tests.fakes.services.images import FakeImages
+from tests.fakes.services.instances import FakeInstances, FakeSnapshots
+from tests.fakes.services.records import FakeEvents, FakeFollower, FakeMetering
+from tests.fakes.services.sessions import FakeCopyOut, FakeExec
 
 SECRET = "a secret that is long enough for HS256"
 BOOT = (("Created", 0.5), ("Initializing", 1.1))

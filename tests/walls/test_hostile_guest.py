@@ -37,7 +37,8 @@ from hypeman.paths import Paths
 from hypeman.store import Store
 from tests.fakes.fake_vmm import FakeDriver
 from tests.instances.fake_world import FakeGuest, Lab, request
-from tests.instances.test_lifecycle import check_owned, clean_up, running, settled, with_attached, with_volume
+from tests.instances.owned import check_owned
+from tests.instances.situations import clean_up, running, settled, with_attached, with_volume
 
 Act = Callable[[Lab, Instances], Awaitable[object]]
 

@@ -13,7 +13,7 @@ from hypeman.instances.model.types import StandbyInstanceRequest
 from hypeman.paths import Paths
 from hypeman.store import Store
 from tests.instances.fake_world import Lab
-from tests.instances.test_lifecycle import running
+from tests.instances.situations import running
 
 
 @pytest.fixture
