@@ -84,7 +84,7 @@ test-appliance: $(STAMPS)/native  ## build the appliance twice, compare, inspect
 
 test-metal: ready-own appliance  ## devices, limits and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
 	@$(PYTHON) -m pytest -v -m "metal or not metal" -o log_cli=true -o log_cli_level=INFO --durations=0 --durations-min=30 \
-	    tests/metal tests/packaging/metal.py $(PYTEST_ARGS)
+	    tests/metal tests/packaging/metal.py tests/packaging/older_kernel.py $(PYTEST_ARGS)
 
 control-plane: $(STAMPS)/venv  ## build the control plane of Kubernetes for test-fleet (needs Go; about 13 CPU minutes, once)
 	@echo "== control plane"
@@ -96,7 +96,8 @@ test-fleet: ready-own control-plane  ## hosts as nodes of a real Kubernetes clus
 
 test-arm64: $(STAMPS)/native build/guest-arm64/own  ## our kernel and agent for arm64, cross-built, and QEMU's virt machine (emulated)
 	@HYPEMAN_TEST_ARCH=arm64 $(PYTHON) -m pytest -v tests/guest/test_real_guest.py tests/guest/launcher_in_guest.py \
-	    tests/hypervisor/test_conformance.py -k "not systemd and not microvm and not cloud and not firecracker and not test_fake" $(PYTEST_ARGS)
+	    tests/hypervisor/test_conformance.py \
+	    tests/packaging/start_on_arm64.py -k "not systemd and not microvm and not cloud and not firecracker and not test_fake" $(PYTEST_ARGS)
 
 kernel: $(STAMPS)/debian  ## build our guest kernel (about 12 CPU minutes, once); only `make demo` does without it
 	@echo "== guest kernel of our own"

@@ -436,13 +436,8 @@ def open_to_users(device: str) -> bool:
 
 
 def tool_environment() -> dict[str, str]:
-    """The environment of helper tools: ours without secrets and without the bundle's library path.
-
-    A PyInstaller bundle sets LD_LIBRARY_PATH for itself and keeps the caller's value in ..._ORIG.
-    """
+    """The environment of helper tools: ours without secrets, and without variables that change what they load."""
     kept = {name: os.environ[name] for name in ("HOME", "TMPDIR", "TZ") if name in os.environ}
-    if library_path := os.environ.get("LD_LIBRARY_PATH_ORIG"):
-        kept["LD_LIBRARY_PATH"] = library_path
     return {"PATH": os.environ.get("PATH", _PATH), "LANG": "C.UTF-8", **kept}
 
 

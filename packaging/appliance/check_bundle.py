@@ -1,10 +1,11 @@
-"""``check_bundle.py BUNDLE``: does the finished bundle start, serve, and stop; on which hosts will it run?
+"""``check_bundle.py BUNDLE``: does the finished bundle start, serve, and stop, and without anything of this machine's?
 
-- The command answers, and a server started from the bundle with an empty environment answers /health
-  and ends by SIGTERM with code 0. It runs in a network namespace of its own, since a server sets up an address,
-  nftables tables and forwarding, which the machine that builds must not keep.
-- The doctor reports: it imports modules that nothing else does.
-- No bundled object needs a newer C library than GLIBC, which README promises.
+- Every library that a bundled object names is in the bundle, with the symbols and versions that it wants.
+- The command answers in a root directory in which there is nothing else: no C library, no shell, no /etc.
+- The doctor reports there, too: it imports modules that nothing else does.
+- A server started from the bundle with an empty environment answers /health, has mapped no file from outside the bundle
+  for execution, was executed once, and ends by SIGTERM with code 0. It runs in a network namespace of its own, since a
+  server sets up an address, nftables tables and forwarding, which the machine that builds must not keep.
 """
 
 from __future__ import annotations
@@ -19,54 +20,73 @@ import tempfile
 import time
 from pathlib import Path
 
-GLIBC = tuple(map(int, os.environ.get("HYPEMAN_GLIBC", "2.36").split(".")))
-"""Debian 12, unless the build is for another system. README says so."""
+sys.path.insert(0, str(Path(__file__).parent))
+from bring_c_library import INSIDE, PROGRAM, dynamic_objects, loader_of
 
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 PATIENCE = 60
 
-
-def glibc_needs(bundle: Path) -> dict[str, tuple[int, ...]]:
-    """Object below ``bundle`` → the newest version of the C library that it names; not the guest kernel."""
-    needs = {}
-    for path in sorted(bundle.rglob("*")):
-        name = str(path.relative_to(bundle))
-        if path.is_symlink() or not path.is_file() or "assets" in path.parts or not _is_elf(path):
-            continue
-        said = subprocess.run(["readelf", "-W", "-V", str(path)], capture_output=True, text=True, check=True).stdout
-        versions = [tuple(map(int, each.split("."))) for each in re.findall(r"GLIBC_(\d+(?:\.\d+)+)", said)]
-        needs[name] = max(versions, default=(0,))
-    return needs
-
-
-def _is_elf(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"\x7fELF"
+_ALONE = """
+set -e
+mount -t tmpfs none "$1"
+mkdir "$1/bundle" "$1/proc" "$1/dev"
+mount --rbind /proc "$1/proc"
+mount --rbind /dev "$1/dev"
+mount --bind "$2" "$1/bundle"
+cd "$1"
+shift 2
+exec chroot . /bundle/hypeman "$@"
+"""
 
 
-def check_glibc(bundle: Path) -> None:
-    needs = glibc_needs(bundle)
-    name = max(needs, key=needs.__getitem__)
-    print(f"  needs glibc {'.'.join(map(str, needs[name]))} (for {name})")
-    if needs[name] > GLIBC:
-        raise SystemExit(f"check_bundle: newer than the promised {'.'.join(map(str, GLIBC))}")
+def check_closed(bundle: Path) -> None:
+    """What the bundled loader says of each object: all libraries found, and found in the bundle."""
+    folder = bundle.resolve() / INSIDE
+    loader = folder / loader_of(folder / PROGRAM).name
+    objects = dynamic_objects(bundle.resolve())
+    wrong = []
+    for path in objects:
+        argv = [loader, "--inhibit-cache", "--library-path", folder, "--list", path]
+        done = subprocess.run(argv, env={"LD_WARN": "yes"}, capture_output=True, text=True, check=False)
+        outside = [found for found in re.findall(r"=> (/\S+)", done.stdout) if not Path(found).is_relative_to(folder)]
+        if done.returncode != 0 or done.stderr or outside:
+            wrong.append(f"{path.relative_to(bundle.resolve())}: {outside or done.stderr.strip()}")
+    if wrong:
+        raise SystemExit("check_bundle: not all that is wanted is in the bundle:\n" + "\n".join(wrong))
+    print(f"  {len(objects)} objects find their libraries in the bundle")
 
 
-def check_command(program: Path) -> None:
-    begin = time.perf_counter()
-    done = subprocess.run([program, "--version"], env={"PATH": PATH}, capture_output=True, text=True, check=False)
+def run_alone(bundle: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The command in a root directory in which there are only the bundle, /proc and /dev."""
+    with tempfile.TemporaryDirectory(prefix="hypeman-check.") as folder:
+        apart = ["unshare", "--mount", "--propagation", "private", *(["--map-root-user"] if os.geteuid() else []), "--"]
+        argv = [*apart, "sh", "-c", _ALONE, "sh", folder, bundle, *words]
+        environment = {"PATH": PATH, "HOME": "/", "LC_ALL": "C.UTF-8", **variables}
+        return subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+
+
+def check_command(bundle: Path) -> None:
+    done = run_alone(bundle, "--version")
     if done.returncode != 0:
         raise SystemExit(f"check_bundle: hypeman --version failed:\n{done.stdout}{done.stderr}")
-    print(f"  {done.stdout.strip()}, answered in {(time.perf_counter() - begin) * 1000:.0f} ms")
+    print(f"  {done.stdout.strip()}, in an empty root")
 
 
-def check_doctor(program: Path) -> None:
+def check_doctor(bundle: Path) -> None:
     """Its findings, whatever they are: a module that is missing in the bundle shows only when it is imported."""
-    argv = [program, "--format", "json", "doctor"]
-    environment = {"PATH": PATH, "HYPERVISOR__ACCELERATOR": "tcg"}
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    done = run_alone(bundle, "--format", "json", "doctor", HYPERVISOR__ACCELERATOR="tcg")
     if done.returncode not in (0, 1) or not done.stdout.startswith("["):
         raise SystemExit(f"check_bundle: hypeman doctor failed:\n{done.stdout}{done.stderr}")
+
+
+def foreign_code(pid: int, bundle: Path) -> list[str]:
+    """Files outside ``bundle`` that a process has mapped for execution."""
+    found = set()
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        _, rights, _, _, _, *path = line.split(maxsplit=5)
+        if "x" in rights and path and path[0].startswith("/") and not Path(path[0]).is_relative_to(bundle.resolve()):
+            found.add(path[0])
+    return sorted(found)
 
 
 def check_server(program: Path) -> None:
@@ -96,6 +116,11 @@ def check_server(program: Path) -> None:
                     raise SystemExit(f"check_bundle: the server does not answer:\n{log.read_text()}")
                 time.sleep(0.02)
             print(f"  /health answered after {(time.perf_counter() - begin) * 1000:.0f} ms: {answer}")
+            if foreign := foreign_code(server.pid, program.parent):
+                raise SystemExit(f"check_bundle: the server runs code of this machine: {foreign}")
+            names = Path(f"/proc/{server.pid}/environ").read_bytes()
+            if b"LD_LIBRARY_PATH" in names:
+                raise SystemExit("check_bundle: PyInstaller's bootloader has executed the program again: see ext/start")
             server.send_signal(signal.SIGTERM)
             code = server.wait(PATIENCE)
             if code != 0:
@@ -125,7 +150,7 @@ def ask_health(address: str) -> str | None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    check_glibc(folder)
-    check_command(folder / "hypeman")
-    check_doctor(folder / "hypeman")
+    check_closed(folder)
+    check_command(folder)
+    check_doctor(folder)
     check_server(folder / "hypeman")

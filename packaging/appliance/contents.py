@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
+COMMON = Path("/usr/share/common-licenses")
+"""Texts that Debian's packages name instead of having them; other distributions do not have them either."""
+CHANGES = {
+    "libc6": """\
+packaging/appliance/bring_c_library.py has replaced names of the host's directories and files: in the loader,
+ld-linux-*, those of libraries and of /etc/ld.so.preload, in libc.so.6 those of gconv. All else is as in Debian's
+package, whose source is Debian's glibc of this version.
+"""
+}
+"""Package → what was changed in its files, as the LGPL wants it said."""
 
 
 class Component(NamedTuple):
@@ -37,6 +48,11 @@ def bundled_files(tables: Path) -> Iterator[Path]:
     for name in ("PYZ-00.toc", "COLLECT-00.toc"):
         for entry in _entries(ast.literal_eval((tables / name).read_text())):
             yield Path(entry)
+
+
+def listed_files(names: Path) -> list[Path]:
+    """What ``bring_c_library.py`` copied: PyInstaller's tables do not have it."""
+    return [Path(line) for line in names.read_text().splitlines()]
 
 
 def _entries(tree: object) -> Iterator[str]:
@@ -106,11 +122,11 @@ def ui_components(folder: Path) -> list[Component]:
     return found
 
 
-def find_components(tables: Path, kernel: Path) -> list[Component]:
+def find_components(files: set[Path], kernel: Path) -> list[Component]:
     owners = python_owners()
     found: dict[str, Component] = {}
     unowned = []
-    for file in {path.resolve() for path in bundled_files(tables)}:
+    for file in {path.resolve() for path in files}:
         if file.is_relative_to(ROOT) and "site-packages" not in file.parts:
             continue  # ours, or made here; the kernel is listed below
         component = python_component(owners[file]) if file in owners else debian_component(file)
@@ -120,7 +136,7 @@ def find_components(tables: Path, kernel: Path) -> list[Component]:
             found[component.purl] = component
     if unowned:
         raise SystemExit("contents: nobody owns these files of the bundle:\n" + "\n".join(sorted(unowned)))
-    # PyInstaller's bootloader is in the executable, musl is in the static guest agent.
+    # PyInstaller's bootloader and what starts it; musl is in the static programs.
     for extra in (python_component(metadata.distribution("pyinstaller")), debian_package("musl")):
         found[extra.purl] = extra
     for component in ui_components(ROOT / "build" / "ui"):
@@ -146,6 +162,12 @@ def write_licences(components: list[Component], folder: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         for text in texts:
             (target / text.name).write_bytes(text.read_bytes())
+            for name in re.findall(rf"{COMMON}/([A-Za-z][A-Za-z0-9.-]*[A-Za-z0-9])", text.read_text(errors="replace")):
+                if (COMMON / name).is_file():
+                    (folder / COMMON.name).mkdir(exist_ok=True)
+                    (folder / COMMON.name / name).write_bytes((COMMON / name).read_bytes())
+        if component.name in CHANGES:
+            (target / "CHANGES").write_text(CHANGES[component.name])
 
 
 def render_sbom(components: list[Component], bundle: Path, version: str, timestamp: int) -> str:
@@ -186,11 +208,12 @@ def _output(*argv: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("--bundle", "--tables", "--kernel", "--licences", "--sbom"):
+    for name in ("--bundle", "--tables", "--c-library", "--kernel", "--licences", "--sbom"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--version", required=True)
     arguments = parser.parse_args()
-    components = find_components(arguments.tables, arguments.kernel)
+    files = {*bundled_files(arguments.tables), *listed_files(arguments.c_library)}
+    components = find_components(files, arguments.kernel)
     timestamp = int(os.environ["SOURCE_DATE_EPOCH"])
     arguments.sbom.write_text(render_sbom(components, arguments.bundle, arguments.version, timestamp))
     write_licences(components, arguments.licences)

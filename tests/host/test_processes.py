@@ -280,15 +280,13 @@ async def test_a_cancelled_tool_is_gone_with_its_children(processes: Processes, 
     await wait_gone(str(tmp_path))
 
 
-async def test_tools_get_no_secrets_and_the_hosts_own_libraries(
+async def test_tools_get_no_secrets_and_no_path_of_libraries(
     processes: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JWT_SECRET", "secret")
-    monkeypatch.setenv("LD_LIBRARY_PATH", "/tmp/_MEI123")
-    assert b"secret" not in await processes.run(["/usr/bin/env"])
-    assert b"_MEI" not in await processes.run(["/usr/bin/env"])
-    monkeypatch.setenv("LD_LIBRARY_PATH_ORIG", "/opt/lib")
-    assert b"LD_LIBRARY_PATH=/opt/lib\n" in await processes.run(["/usr/bin/env"])
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/lib")
+    said = await processes.run(["/usr/bin/env"])
+    assert b"secret" not in said and b"LD_" not in said
 
 
 # Loans

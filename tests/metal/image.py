@@ -73,17 +73,19 @@ def missing() -> str:
     return f"requires {', '.join(absent)}" if absent else ""
 
 
-def build_image(*, python: bool = True, newer_kernel: bool = False, extra: tuple[str, ...] = ()) -> Image:
-    """The image with or without Python (an appliance must run without), with Debian's own kernel or the one of its
-    backports, and ``extra`` Debian packages."""
+def build_image(
+    *, suite: str = SUITE, python: bool = True, newer_kernel: bool = False, extra: tuple[str, ...] = ()
+) -> Image:
+    """The image of a suite of Debian with or without Python (an appliance must run without), with its own kernel or
+    the one of bookworm's backports, and ``extra`` Debian packages."""
     kernel = f"{_KERNEL}/{BACKPORTS}" if newer_kernel else _KERNEL
     packages = (*BASE, kernel, *(("python3",) if python else ()), *extra)
-    recipe = "\n".join((SUITE, *packages, *_EXCLUDED, *_INITRAMFS_MODULES, MAX_ROOT))
+    recipe = "\n".join((suite, *packages, *_EXCLUDED, *_INITRAMFS_MODULES, MAX_ROOT))
     recipe += "".join((HERE / name).read_text() for name in ("agent.sh", "rig-agent.service"))
     directory = CACHE / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     with _locked(directory):
         if not (directory / "done").exists():
-            _make_root(directory, packages)
+            _make_root(directory, suite, packages)
             (directory / "done").write_text(_release(directory))
     release = (directory / "done").read_text()
     return Image(directory / "root.ext4", directory / "vmlinuz", directory / "initrd.img", release)
@@ -99,7 +101,7 @@ def build_mdev_modules(release: str) -> Path:
     return directory
 
 
-def _make_root(directory: Path, packages: tuple[str, ...]) -> None:
+def _make_root(directory: Path, suite: str, packages: tuple[str, ...]) -> None:
     tree = directory / "tree"
     shutil.rmtree(tree, ignore_errors=True)
     initramfs = "$1/etc/initramfs-tools"
@@ -110,6 +112,7 @@ def _make_root(directory: Path, packages: tuple[str, ...]) -> None:
         f"printf '{modules}\\n' > {initramfs}/modules"
     )
     backports = f"deb http://deb.debian.org/debian {BACKPORTS} main"  # used only for packages requested from it by name
+    setup = f"echo '{backports}' > $1/etc/apt/sources.list.d/backports.list" if suite == SUITE else "true"
     late = (
         f"install -D -m 755 {HERE}/agent.sh $1/usr/local/lib/rig-agent",
         f"install -D -m 644 {HERE}/rig-agent.service $1/etc/systemd/system/rig-agent.service",
@@ -121,8 +124,7 @@ def _make_root(directory: Path, packages: tuple[str, ...]) -> None:
     run(
         *_MMDEBSTRAP,
         f"--include={','.join(packages)}", f"--essential-hook={early}",
-        f"--setup-hook=echo '{backports}' > $1/etc/apt/sources.list.d/backports.list",
-        *(f"--customize-hook={hook}" for hook in late), SUITE, str(tree),
+        f"--setup-hook={setup}", *(f"--customize-hook={hook}" for hook in late), suite, str(tree),
     )  # fmt: skip
     kernel = next((tree / "boot").glob("vmlinuz-*"))
     shutil.copy(kernel, directory / "vmlinuz")

@@ -1,17 +1,22 @@
-"""The oldest system that is promised, Debian 11: ``make test-appliance`` names this file.
+"""Systems with an older C library than the bundle's, or with none: ``make test-appliance`` names this file.
 
-Ubuntu 22.04 and RHEL 9 have newer versions of all that matters here, but no registry that the tests may use has them.
+Debian 11 is the oldest that is promised. Ubuntu 22.04 and RHEL 9 have newer versions of all that matters here, but no
+registry that the tests may use has them. The kernel is that of the machine that runs the tests.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.packaging.roots import Root, make_root, overlay
+from tests.packaging.roots import Root, dist, make_root, overlay
+from tests.real.appliance import busybox_archive
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -30,3 +35,70 @@ def test_its_nft_takes_our_rules(root: Root, name: str) -> None:
     done = root.run(f"nft --version && nft -f /media/{name} && nft list table inet hypeman")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "v0.9.8" in done.stdout and "@ports_at_tcp" in done.stdout
+
+
+INSTALLED = """
+    set -e
+    step() { printf '\\nSTEP %s\\n' "$*"; }
+    getconf GNU_LIBC_VERSION
+    echo /usr/lib/x86_64-linux-gnu/libmnl.so.0 > /etc/ld.so.preload    # is not to be loaded into ours
+    grep -q libmnl /proc/self/maps
+    cd /media && tar -xzf hypeman-*.tar.gz && ./hypeman-*-linux-*/install.sh
+    step installed
+    hypeman --version
+    hypeman --format json doctor > /media/doctor.json || true
+    hypeman health
+    step answers
+    server=$(cat /run/hypeman-server.pid)
+    cat /proc/$server/comm
+    for own in $server $(cat /proc/$server/task/*/children); do
+        sed -n 's,^[0-9a-f-]* r-xp .* \\(/.*\\),\\1,p' /proc/$own/maps | grep -v ^/usr/lib/hypeman/ && exit 1
+    done
+    step runs nothing of the host
+    hypeman image import --name localhost/hello:1 hello.tar
+    hypeman run -d --name web --memory 128MB --cpus 1 localhost/hello:1
+    hypeman wait web --state Running --timeout 5m
+    hypeman exec web -- echo exec works
+    step instance runs
+    hypeman rm --force web
+    /usr/share/hypeman/uninstall.sh --purge
+    step removed
+"""
+
+
+def test_debian_11_installs_it_and_runs_an_instance(root: Root) -> None:
+    [package] = dist().glob("hypeman-*-linux-amd64.tar.gz")
+    shutil.copy(package, root.path / "media")
+    (root.path / "media/hello.tar").write_bytes(busybox_archive())
+    done = root.run(INSTALLED)
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report[-6000:]
+    assert "glibc 2.31" in report and "exec works" in report
+    findings = {each["name"]: each["verdict"] for each in json.loads((root.path / "media/doctor.json").read_text())}
+    assert findings["kernel"] == "ok"
+    assert [line.removeprefix("STEP ") for line in done.stdout.splitlines() if line.startswith("STEP")] == [
+        "installed", "answers", "runs nothing of the host", "instance runs", "removed",
+    ]  # fmt: skip
+
+
+def test_a_root_without_any_c_library_runs_the_command(tmp_path: Path) -> None:
+    """As on Alpine: BusyBox, static, and nothing else."""
+    if os.geteuid() != 0:
+        pytest.skip("requires root")
+    for name in ("bin", "proc", "dev", "tmp", "etc", "sys", "run", "root"):
+        (tmp_path / name).mkdir()
+    shutil.copy("/bin/busybox", tmp_path / "bin/busybox")
+    applets = subprocess.run(["busybox", "--list"], capture_output=True, text=True, check=True).stdout.split()
+    for applet in set(applets) - {"busybox"}:
+        (tmp_path / "bin" / applet).symlink_to("busybox")
+    (tmp_path / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\n")
+    (tmp_path / "etc/nsswitch.conf").write_text("passwd: sss files systemd\nhosts: mdns4_minimal files resolve dns\n")
+    [program] = (path for path in dist().iterdir() if path.name.endswith("-linux-amd64") and path.is_file())
+    shutil.copy(program, tmp_path / "hypeman")
+    script = """
+        /hypeman --version && /hypeman --format json doctor > /doctor.json
+        [ $? -le 1 ] && [ ! -e /lib ] && [ ! -e /lib64 ] && [ ! -e /usr/lib ]
+    """
+    done = Root(tmp_path).run(script)
+    assert done.returncode == 0 and done.stdout.startswith("hypeman"), done.stdout + done.stderr
+    assert {"kernel", "nft"} <= {each["name"] for each in json.loads((tmp_path / "doctor.json").read_text())}

@@ -31,7 +31,8 @@ case "$*" in
 *"start "*hypeman.service*)
     mkdir -p /run/hypeman /var/lib/hypeman
     chmod 711 /var/lib/hypeman
-    export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin # systemd's, not that of the installing user
+    # systemd's where /bin is no link, not that of the installing user
+    export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
     setsid /usr/bin/hypeman serve >>/var/log/hypeman.log 2>&1 </dev/null &
     echo $! > $pid
     n=0

@@ -1,4 +1,4 @@
-"""The build's check refuses a bundle that a promised host could not run."""
+"""The build's check refuses a bundle that would need something of the host's."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.glibc import check_bundle
+from tests.packaging.build_steps import build_step
 
 
-def test_an_object_for_a_newer_c_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = check_bundle()
-    shutil.copy("/bin/true", tmp_path / "program")
-    (tmp_path / "text").write_text("GLIBC_9.9")
-    [wanted] = module.glibc_needs(tmp_path).values()
-    monkeypatch.setattr(module, "GLIBC", wanted)
-    module.check_glibc(tmp_path)
-    monkeypatch.setattr(module, "GLIBC", (wanted[0], wanted[1] - 1))
-    with pytest.raises(SystemExit, match="newer than the promised"):
-        module.check_glibc(tmp_path)
+def test_a_library_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check, bring = build_step("check_bundle"), build_step("bring_c_library")
+    (tmp_path / "_internal").mkdir()
+    (tmp_path / "_internal/text").write_text("GLIBC_9.9")
+    shutil.copy("/usr/bin/python3", tmp_path / "_internal/bootloader")
+    bring.bring(tmp_path)
+    check.check_closed(tmp_path)
+    assert "objects find their libraries in the bundle" in capsys.readouterr().out
+    (tmp_path / "_internal/libm.so.6").unlink()
+    with pytest.raises(SystemExit, match=r"_internal/bootloader: .*: libm\.so\.6: cannot open"):
+        check.check_closed(tmp_path)
