@@ -46,9 +46,10 @@ static void reap_children(void)
 {
     int status;
     pid_t pid;
-    while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
-        if (!session_reap(pid, status))
-            workload_reap(pid, status);
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+        session_reap(pid, status); /* which may have been the instance's own program as well */
+        workload_reap(pid, status);
+    }
 }
 
 static void take_frames(const struct boot_config *config)

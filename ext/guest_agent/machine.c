@@ -85,13 +85,16 @@ int machine_step(struct channel *channel)
     }
     if (state == REPORTING && !channel->greeted)
         late |= now_ms() >= deadline - REPORT_MS + REPORT_ABSENT_MS;
-    if (state == REPORTING && (late || (events_settled() && channel_drained(channel) && sessions_count() == 0))) {
+    bool told = events_settled() && channel_drained(channel) && sessions_count() == 0 && workload_drained();
+    if (state == REPORTING && (late || told)) {
         if (boot_device)
             power_off();
         state = OFF;
     }
-    if (state == RUNNING || state == OFF)
+    if (state == RUNNING)
         return -1;
+    if (state == OFF)
+        return 0;
     int64_t left = deadline - now_ms();
     if (state == REPORTING && left > REPORT_ABSENT_MS)
         left = REPORT_ABSENT_MS; /* the host may disconnect meanwhile */

@@ -1,7 +1,7 @@
 /* hypeman-init: what runs first in every guest, and serves its host until the end.
  *
  *   as process 1    mounts the root, sets up the system, starts the image's program, is the agent (init.c)
- *   --agent-fd N --nonce HEX --root DIR
+ *   --agent-fd N --nonce HEX --root DIR [--idle LOG]
  *                   only the agent, on the socket N, unprivileged: how the tests drive it
  */
 #define _GNU_SOURCE
@@ -18,6 +18,7 @@
 #include "machine.h"
 #include "session.h"
 #include "worker.h"
+#include "workload.h"
 
 static bool parse_nonce(const char *text, uint8_t nonce[NONCE_BYTES])
 {
@@ -35,6 +36,7 @@ static bool parse_nonce(const char *text, uint8_t nonce[NONCE_BYTES])
 static int run_test_agent(int argc, char **argv)
 {
     static struct boot_config config;
+    const char *log = NULL;
     int fd = -1;
     config.cwd = "/";
     config.user = "";
@@ -47,6 +49,8 @@ static int run_test_agent(int argc, char **argv)
             set_worker_root(argv[i + 1]);
         else if (strcmp(argv[i], "--no-agent") == 0)
             config.skip_agent = true;
+        else if (strcmp(argv[i], "--idle") == 0)
+            log = argv[i + 1];
         else if (strcmp(argv[i], "--keep-ms") == 0)
             keep_ms = atoi(argv[i + 1]);
         else if (strcmp(argv[i], "--nonce") != 0 || !parse_nonce(argv[i + 1], config.nonce))
@@ -57,7 +61,13 @@ static int run_test_agent(int argc, char **argv)
     signal(SIGPIPE, SIG_IGN);
     config.env = config.argv = config.strings;
     machine_begin(&config, NULL, 0);
-    event_happened(EVENT_READY, NULL);
+    if (log) {
+        config.idle = true;
+        console_open(log);
+        workload_hold(&config);
+    } else {
+        event_happened(EVENT_READY, NULL);
+    }
     agent_run(&config, fd);
     return 0;
 }

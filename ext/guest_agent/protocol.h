@@ -40,6 +40,9 @@
  * host's client has. So a CREDIT grants what the client has, not what the host has: until then the guest keeps it, at
  * most KEPT_BYTES. Of a kept program FRAME_EXIT is not the last frame: the host answers with CLOSE. */
 #define KEY_BYTES 16
+/* In an idle instance the program with this key is the instance's own: with its end the machine ends, what it prints is in
+ * the log, and a host that detaches it with FLAG_STAYS leaves it running as long as it likes. */
+#define MAIN_KEY "hypeman-program!"
 #define KEPT_BYTES 131072
 #define KEEP_MS 60000
 /* A request may span several OPEN frames, up to this. */
@@ -65,6 +68,7 @@ enum frame_type {
 
 #define FLAG_MORE 1
 #define FLAG_END 2
+#define FLAG_STAYS 4 /* of FRAME_DETACH */
 
 enum op {
     OP_EXEC = 1,
@@ -165,7 +169,9 @@ enum tag {
     TAG_IDLE = 90,
     TAG_RECEIVED = 91, /* u64 bytes of a kept program's output that the client has, or of input that the guest has */
     TAG_WAITING = 92,  /* u32 bytes of input that the program has not read yet */
-    TAG_INPUT_ENDED = 93
+    TAG_INPUT_ENDED = 93,
+    TAG_SENT =
+        94 /* u64 bytes of output before those that follow; like TAG_TTY only if the host did not say what its client has */
 };
 
 enum pid1 { PID1_DETECT = 0, PID1_AGENT = 1, PID1_WORKLOAD = 2 };

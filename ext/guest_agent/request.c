@@ -97,12 +97,20 @@ static void start_exec(const struct boot_config *config, struct session *session
     /* By default the image's working directory, which is created if it is missing. */
     program.cwd = cwd ? cwd : config->cwd;
     program.make_cwd = !cwd;
-    if (keep && !session_keep(session, key))
+    bool is_main = keep && memcmp(key, MAIN_KEY, KEY_BYTES) == 0;
+    if (is_main)
+        program.cgroup = WORKLOAD_CGROUP;
+    if (is_main && !workload_idles())
+        session_refuse(session, 126, "this instance has a program of its own");
+    else if (keep && !session_keep(session, key))
         session_refuse(session, 126, strerror(ENOMEM));
     else if (start_program(&program, &child) < 0)
         session_refuse(session, 126, strerror(errno));
-    else
+    else {
         session_started(session, &child, true, program.tty, (int64_t)timeout_ms);
+        if (is_main)
+            workload_adopt(child.pid);
+    }
 }
 
 static void start_identity(const struct boot_config *config, struct channel *channel, struct session *session,
@@ -132,7 +140,7 @@ static void resume(struct session *session, struct field_reader *reader)
 {
     struct field field;
     uint8_t key[KEY_BYTES];
-    uint64_t received = 0;
+    uint64_t received = UINT64_MAX;
     bool has_key = false, good = true;
     while (good && next_field(reader, &field)) {
         switch (field.tag) {
@@ -198,6 +206,8 @@ static void start_request(const struct boot_config *config, struct channel *chan
         start_shutdown(session, &reader);
     } else if (op == OP_FREEZE || op == OP_THAW) {
         int error = op == OP_FREEZE ? freeze_guest() : thaw_guest();
+        if (op == OP_THAW)
+            sessions_stay();
         session_refuse(session, error, error ? strerror(error) : "");
     } else if (op == OP_CLOCK) {
         answer_clock(channel, session, &reader);
@@ -281,7 +291,7 @@ bool handle_frame(const struct boot_config *config, struct channel *channel, con
         return true;
     case FRAME_DETACH:
         if (session && session->kept)
-            session_detach(session);
+            session_detach(session, frame->flags & FLAG_STAYS);
         else if (session)
             session_drop(session);
         return true;

@@ -14,6 +14,7 @@
 #include "bytes.h"
 #include "fields.h"
 #include "util.h"
+#include "workload.h"
 
 /* Granting in small amounts would cost a frame each; in one piece it would stall the stream. */
 #define GRANT_BYTES (WINDOW / 4)
@@ -38,6 +39,17 @@ static bool is_detached(const struct session *session)
     return session->kept && session->kept->detached;
 }
 
+/* What it prints goes to the log alone: nobody is there, and nobody can come back to a machine that ends. */
+static bool spills(const struct session *session)
+{
+    return session->is_main && is_detached(session) && (session->stays || session->reaped);
+}
+
+static bool is_open(const struct session *session)
+{
+    return session->child.out >= 0 || session->child.err >= 0;
+}
+
 struct session *session_find(uint32_t id)
 {
     for (size_t i = 0; id && i < MAX_SESSIONS; i++)
@@ -49,6 +61,8 @@ struct session *session_find(uint32_t id)
 size_t sessions_count(void)
 {
     size_t count = 0;
+    for (size_t i = 0; i < MAX_SESSIONS; i++)
+        count += spills(&sessions[i]) && is_open(&sessions[i]);
     for (size_t i = 0; i < MAX_SESSIONS; i++)
         count += sessions[i].id && !is_detached(&sessions[i]) && !(sessions[i].kept && sessions[i].kept->exit_sent);
     return count;
@@ -63,7 +77,7 @@ struct session *session_new(uint32_t id)
             found = session;
             break;
         }
-        if (is_detached(session) && (!found || session->kept->detached < found->kept->detached))
+        if (is_detached(session) && !session->is_main && (!found || session->kept->detached < found->kept->detached))
             found = session;
     }
     if (!found)
@@ -112,7 +126,7 @@ void sessions_lost(void)
         if (!sessions[i].id)
             continue;
         if (sessions[i].kept)
-            session_detach(&sessions[i]);
+            session_detach(&sessions[i], false);
         else
             session_drop(&sessions[i]);
     }
@@ -128,14 +142,22 @@ bool session_keep(struct session *session, const uint8_t *key)
     memcpy(kept->key, key, KEY_BYTES);
     kept->resumed_sent = true;
     session->kept = kept;
+    session->is_main = memcmp(key, MAIN_KEY, KEY_BYTES) == 0;
     session->credit = KEPT_BYTES;
     return true;
 }
 
-void session_detach(struct session *session)
+void session_detach(struct session *session, bool stays)
 {
     if (session->kept && !session->kept->detached)
         session->kept->detached = now_ms();
+    session->stays |= stays && session->is_main;
+}
+
+void sessions_stay(void)
+{
+    for (size_t i = 0; i < MAX_SESSIONS; i++)
+        sessions[i].stays |= sessions[i].is_main && is_detached(&sessions[i]);
 }
 
 static void copy_record_header(uint8_t *at, uint8_t type, size_t length)
@@ -206,6 +228,9 @@ bool session_resume(struct session *opened, const uint8_t *key, uint64_t receive
         struct kept *kept = session->kept;
         if (!kept || memcmp(kept->key, key, KEY_BYTES) != 0)
             continue;
+        bool from_now = received == UINT64_MAX;
+        if (from_now)
+            received = kept->granted + kept_bytes(kept, kept->end);
         if (received < kept->granted || received - kept->granted > kept_bytes(kept, kept->end))
             return false;
         uint32_t id = opened->id;
@@ -215,6 +240,8 @@ bool session_resume(struct session *opened, const uint8_t *key, uint64_t receive
         kept->exit_sent = false;
         kept->detached = 0;
         kept->resumed_sent = false;
+        kept->tell_sent = from_now;
+        session->stays = false;
         session->id = id;
         session->credit = (uint32_t)(KEPT_BYTES - kept_bytes(kept, kept->end));
         session->allowance = (uint32_t)(WINDOW - (session->input_end - session->input_begin));
@@ -378,6 +405,10 @@ static void send_resumed(struct channel *channel, struct session *session)
     put_u64_field(&writer, TAG_RECEIVED, session->received);
     put_u32_field(&writer, TAG_WAITING, WINDOW - session->allowance);
     put_u8_field(&writer, TAG_INPUT_ENDED, session->input_got_end);
+    if (session->kept->tell_sent) {
+        put_u64_field(&writer, TAG_SENT, session->kept->granted);
+        put_u8_field(&writer, TAG_TTY, session->tty);
+    }
     channel_send(channel, FRAME_RESUMED, 0, session->id, writer.length);
     session->kept->resumed_sent = true;
 }
@@ -412,8 +443,12 @@ static size_t may_send(const struct session *session)
     size_t bytes = session->credit;
     if (!session->kept)
         return bytes;
+    if (spills(session))
+        return workload_room();
     if (is_detached(session) || must_resend(session))
         return 0;
+    if (session->is_main && workload_room() < bytes)
+        bytes = workload_room();
     return bytes < room_to_keep(session->kept) ? bytes : room_to_keep(session->kept);
 }
 
@@ -442,7 +477,7 @@ void sessions_step(struct channel *channel)
             kill_session(session->child.pid);
         }
         if (is_detached(session)) {
-            if (now - session->kept->detached >= keep_ms)
+            if (!session->stays && now - session->kept->detached >= keep_ms)
                 session_drop(session);
             continue;
         }
@@ -471,7 +506,7 @@ size_t sessions_poll(struct channel *channel, struct pollfd *fds, size_t count)
         struct session *session = &sessions[(turn + i) % MAX_SESSIONS];
         if (!session->id)
             continue;
-        bool sends = room && may_send(session) > 0;
+        bool sends = (room || spills(session)) && may_send(session) > 0;
         bool has_input = session->input_begin < session->input_end || session->input_ends;
         if (session->child.in >= 0 && has_input)
             n = watch(fds + count, n, session, ROLE_IN, session->child.in);
@@ -483,10 +518,25 @@ size_t sessions_poll(struct channel *channel, struct pollfd *fds, size_t count)
     return count + n;
 }
 
+static void spill(struct session *session, int *fd)
+{
+    uint8_t buffer[4096];
+    size_t room = workload_room(), want = room < sizeof buffer ? room : sizeof buffer;
+    ssize_t n = want ? read(*fd, buffer, want) : 0;
+    if (n > 0)
+        workload_print(buffer, (size_t)n);
+    else if (want && (n == 0 || (errno != EAGAIN && errno != EINTR) || (errno == EAGAIN && session->reaped)))
+        close_fd(fd);
+}
+
 /* Reads straight into a frame. Of a child that has ended, what is left is read until there is no more: others
  * may hold its pipes open indefinitely. */
 static void pull_output(struct channel *channel, struct session *session, int *fd, uint8_t type)
 {
+    if (spills(session)) {
+        spill(session, fd);
+        return;
+    }
     size_t allowed = may_send(session), want = allowed < MAX_PAYLOAD ? allowed : MAX_PAYLOAD;
     uint8_t *at = channel_room(channel, want);
     if (!at || want == 0)
@@ -494,6 +544,8 @@ static void pull_output(struct channel *channel, struct session *session, int *f
     ssize_t n = read(*fd, at + HEADER_BYTES, want);
     if (n > 0) {
         session->credit -= (uint32_t)n;
+        if (session->is_main)
+            workload_print(at + HEADER_BYTES, (size_t)n);
         if (session->kept)
             keep_output(session->kept, type, at + HEADER_BYTES, (size_t)n);
         channel_send(channel, type, 0, session->id, (size_t)n);
@@ -529,11 +581,11 @@ int sessions_timeout(struct channel *channel)
         if (session->deadline)
             wait = session->deadline > now ? session->deadline - now : 0;
         /* poll does not report that a child has ended whose output others keep open. */
-        if (session->reaped && room && may_send(session) > 0 && (session->child.out >= 0 || session->child.err >= 0))
+        if (session->reaped && (room || spills(session)) && may_send(session) > 0 && is_open(session))
             wait = 0;
         if (must_resend(session) && room)
             wait = 0;
-        if (is_detached(session)) {
+        if (is_detached(session) && !session->stays) {
             int64_t left = session->kept->detached + keep_ms - now;
             wait = wait < 0 || left < wait ? (left > 0 ? left : 0) : wait;
         }

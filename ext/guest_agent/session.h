@@ -29,6 +29,7 @@ struct kept {
     uint64_t granted;  /* bytes of output that the client has */
     bool exit_sent;    /* FRAME_EXIT was sent */
     bool resumed_sent; /* FRAME_RESUMED was sent, or need not be */
+    bool tell_sent;    /* FRAME_RESUMED has TAG_SENT */
     int64_t detached;  /* since when there is no connection; 0: there is one */
 };
 
@@ -36,7 +37,9 @@ struct session {
     uint32_t id; /* 0: free slot; of a detached one, of its last connection */
     bool is_program, tty;
     bool reaped, timed_out, refused;
-    int status; /* of the child, as waitpid gave it; or the code to report if there was none */
+    bool is_main; /* the instance's own program (MAIN_KEY): its output is also in the log */
+    bool stays;   /* detached, as long as it likes */
+    int status;   /* of the child, as waitpid gave it; or the code to report if there was none */
     struct child child;
     uint32_t credit;    /* bytes that we may still send */
     uint32_t allowance; /* bytes that the host may still send */
@@ -65,9 +68,11 @@ void sessions_lost(void);
 
 /* Keeps what runs in a session beyond its connection. False without memory for it. */
 bool session_keep(struct session *session, const uint8_t *key);
-void session_detach(struct session *session);
+void session_detach(struct session *session, bool stays);
+/* Programs that nobody has come back to are not ended for that: the machine is another one, or was stopped for long. */
+void sessions_stay(void);
 /* The kept session with that key continues under the id of `opened`, whose slot is freed. `received`: the bytes of
- * output that the client has. False if there is none, or none that can have sent so much. */
+ * output that the client has; UINT64_MAX: it wants what follows. False if there is none, or none that can have sent so much. */
 bool session_resume(struct session *opened, const uint8_t *key, uint64_t received);
 /* The host's client has received `count` more bytes. False if fewer were sent. */
 bool session_granted(struct session *session, uint32_t count);

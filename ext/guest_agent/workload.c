@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <termios.h>
@@ -23,7 +24,7 @@
 #define CONTROLLERS "/sys/fs/cgroup/cgroup.subtree_control"
 
 static struct child child = {0, -1, -1, -1, -1};
-static bool running, ended, is_init;
+static bool running, ended, is_init, idles;
 /* How long a host that does not set the clock can delay the program. */
 #define CLOCK_WAIT_MS 3000
 static const struct boot_config *held; /* what is to be started */
@@ -45,7 +46,7 @@ static void set_raw(int fd)
 /* The log has a port of its own where the VMM has one: a serial line costs an exit from the guest for each byte (0.3
  * MB/s without KVM on a busy host, where the port did 2.6). Otherwise it is the console, raw, so that a line feed stays
  * a line feed and the log holds exactly what was printed. */
-static void open_console(const char *path)
+void console_open(const char *path)
 {
     if (!*path)
         console = open_port(LOG_PORT_NAME, O_WRONLY);
@@ -60,7 +61,7 @@ static void open_console(const char *path)
 
 void workload_prepare(const struct boot_config *config)
 {
-    open_console(config->console);
+    console_open(config->console);
     write_file(CONTROLLERS, "+memory"); /* shows whether lack of memory ended it */
     is_init = !config->idle && needs_pid1(config);
     if (is_init) {
@@ -106,6 +107,7 @@ static bool start_idler(void)
     pid_t pid = fork();
     if (pid == 0) {
         sigset_t none;
+        prctl(PR_SET_PDEATHSIG, SIGKILL); /* in tests the agent may end without its machine */
         sigemptyset(&none);
         for (int number = 1; number < SIGRTMIN; number++)
             signal(number, SIG_DFL);
@@ -114,7 +116,31 @@ static bool start_idler(void)
             pause();
     }
     child = (struct child){pid, -1, -1, -1, -1};
-    return pid > 0;
+    idles = pid > 0;
+    return idles;
+}
+
+bool workload_idles(void)
+{
+    return running && idles;
+}
+
+void workload_adopt(pid_t pid)
+{
+    kill(child.pid, SIGKILL);
+    child.pid = pid;
+    idles = false;
+}
+
+size_t workload_room(void)
+{
+    return sizeof pump - pump_end;
+}
+
+void workload_print(const uint8_t *data, size_t length)
+{
+    memcpy(pump + pump_end, data, length);
+    pump_end += length;
 }
 
 static void start(const struct boot_config *config)
@@ -291,7 +317,7 @@ void console_print(const char *line)
 {
     char text[600];
     if (console < 0)
-        open_console("");
+        console_open("");
     int n = snprintf(text, sizeof text, "hypeman: %s\n", line);
     if (console >= 0 && write(console, text, (size_t)n < sizeof text ? (size_t)n : sizeof text - 1) < 0)
         errno = 0; /* best effort */

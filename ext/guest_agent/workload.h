@@ -22,6 +22,14 @@ int workload_step(void);
 /* There will be no main process: EVENT_FATAL, and a line on the console. */
 void workload_fatal(const char *message);
 bool workload_running(void);
+/* Nothing runs yet in an instance that was made to wait for its program. */
+bool workload_idles(void);
+/* What it waited for: from now on this process, which a session has started, is the main one. */
+void workload_adopt(pid_t pid);
+/* Bytes that workload_print takes. */
+size_t workload_room(void);
+/* Output of the adopted program, for the log. */
+void workload_print(const uint8_t *data, size_t length);
 /* It has ended, or could not begin. */
 bool workload_ended(void);
 /* Sends a signal to it. */
@@ -35,6 +43,8 @@ bool workload_drained(void);
 
 size_t workload_poll(struct pollfd *fds, size_t count);
 void workload_io(void);
+/* Opens the log: `path`, or the machine's own if it is empty. */
+void console_open(const char *path);
 /* A line on the console, before the end. */
 void console_print(const char *line);
 

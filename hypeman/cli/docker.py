@@ -85,10 +85,22 @@ def top(session: Session, instance: str, arguments: tuple[str, ...]) -> None:
 @click.option("--sig-proxy", hidden=True)
 @reports
 def attach(session: Session, instance: str, no_stdin: bool, sig_proxy: str | None) -> None:
-    """Follow the output of an instance's program. For a terminal in it use `exec -it`."""
+    """Come back to the program of `run -it` or `run -i`, or follow the output of another instance's program.
+
+    Ctrl-P Ctrl-Q leaves it running. For a terminal in an instance use `exec -it`.
+    """
+    from hypeman.cli.execute import Left, attach_to_main, leave_keys
+
     with interrupted(f"{instance} continues"):
-        for line, ends in session.client.followed_lines(f"{path_of(instance)}/logs", tail=0, source="app"):
-            write_log(line, ends)
+        try:
+            code = None if no_stdin else attach_to_main(session, instance)
+            if code is not None:
+                raise SystemExit(code)
+            with leave_keys():
+                for line, ends in session.client.followed_lines(f"{path_of(instance)}/logs", tail=0, source="app"):
+                    write_log(line, ends)
+        except Left:
+            click.echo(f"\r\n{instance} continues", err=True)
 
 
 @click.command()

@@ -39,6 +39,10 @@ _BROKEN = 255
 _CAPTURE_SECONDS = 10
 _ACKNOWLEDGE = 32 * 1024
 """Bytes of output after which the server learns that they have arrived; the guest keeps at most 128 KiB."""
+_MAIN = "main"
+_LEAVE_KEYS = b"\x10\x11"
+"""Ctrl-P Ctrl-Q."""
+_LEAVE_SECONDS = 5.0
 _UNREAD = 1024 * 1024
 """Bytes of input that are kept here until the program has read them."""
 
@@ -112,29 +116,76 @@ def capture(session: Session, instance: str, command: tuple[str, ...]) -> tuple[
 
 
 def run_program(
-    session: Session, instance: str, command: tuple[str, ...], *, tty: bool, stdin: bool = True, wait_for_agent: int = 0
+    session: Session,
+    instance: str,
+    command: tuple[str, ...],
+    *,
+    tty: bool,
+    stdin: bool = True,
+    wait_for_agent: int = 0,
+    main: bool = False,
 ) -> int:
-    """Run ``command`` in an instance as if it were local; returns its exit code."""
+    """Run ``command`` in an instance as if it were local; returns its exit code. ``main``: it is the program of an idle
+    instance, which ends with it; raises Left if it was left running."""
     if tty and not has_terminals():
         raise click.UsageError("a terminal is not supported on this system; use -i")
-    request: dict[str, Any] = present(command=command, wait_for_agent=wait_for_agent or None)
-    return _run(session, instance, request, tty=tty, wants_stdin=stdin)
+    request: dict[str, Any] = present(command=command, wait_for_agent=wait_for_agent or None, main=main or None)
+    return _run(session, instance, request, tty=tty, wants_stdin=stdin, may_leave=main)
 
 
-def _run(session: Session, instance: str, request: dict[str, Any], *, tty: bool, wants_stdin: bool) -> int:
+def attach_to_main(session: Session, instance: str) -> int | None:
+    """Come back to the program of an idle instance: its exit code, or None if there is no such program. Raises Left if
+    it was left running."""
+    first = _connector(session, instance)({**_main_from_now(), "keep": True})
+    try:
+        running = Exec(first, _connector(session, instance), tty=False, wants_stdin=True, may_leave=True)
+        try:
+            running.come_in()
+        except Unreachable:
+            first.close()
+            return None
+        with raw_terminal(running.tty and sys.stdin.isatty()):
+            return running.run()
+    except KeyboardInterrupt:
+        running.leave()
+        raise Left from None
+    except Unreachable as error:
+        complain(str(error))
+        return _BROKEN
+
+
+def _main_from_now() -> dict[str, Any]:
+    return {"resume": {"session": _MAIN, "received": None}}
+
+
+def _connector(session: Session, instance: str) -> Callable[[dict[str, Any]], WebSocket]:
+    """Makes a stream whose first message is the argument."""
     from hypeman.cli.websocket import open_stream  # importing wsproto takes longer than most commands
-
-    if tty:
-        size = window_size()
-        request |= {"tty": True, **({"rows": size[0], "cols": size[1]} if size else {})}
 
     def connect(first: dict[str, Any]) -> WebSocket:
         stream = open_stream(session.client, path_of(instance), "exec")
         stream.send(msgspec.json.encode(first).decode())
         return stream
 
+    return connect
+
+
+def _run(
+    session: Session,
+    instance: str,
+    request: dict[str, Any],
+    *,
+    tty: bool,
+    wants_stdin: bool,
+    may_leave: bool = False,
+) -> int:
+    if tty:
+        size = window_size()
+        request |= {"tty": True, **({"rows": size[0], "cols": size[1]} if size else {})}
+    connect = _connector(session, instance)
     try:
-        running = Exec(connect(request | {"keep": True}), connect, tty=tty, wants_stdin=wants_stdin)
+        first = connect(request | {"keep": True})
+        running = Exec(first, connect, tty=tty, wants_stdin=wants_stdin, may_leave=may_leave)
         with raw_terminal(tty and sys.stdin.isatty()), interrupted_by_signals():
             return running.run()
     except KeyboardInterrupt:
@@ -142,6 +193,10 @@ def _run(session: Session, instance: str, request: dict[str, Any], *, tty: bool,
     except Unreachable as error:
         complain(str(error))
         return _BROKEN
+
+
+class Left(Exception):
+    """The user has left the program, which runs on."""
 
 
 class _Gone(Unreachable):
@@ -152,12 +207,22 @@ class Exec:
     """The I/O loop. ``run`` returns the exit code and ends the program if it is interrupted."""
 
     def __init__(
-        self, stream: WebSocket, connect: Callable[[dict[str, Any]], WebSocket], *, tty: bool, wants_stdin: bool
+        self,
+        stream: WebSocket,
+        connect: Callable[[dict[str, Any]], WebSocket],
+        *,
+        tty: bool,
+        wants_stdin: bool,
+        may_leave: bool = False,
     ) -> None:
-        """``connect`` makes another stream, whose first message is its argument."""
+        """``connect`` makes another stream, whose first message is its argument. ``may_leave``: with a terminal, Ctrl-P
+        Ctrl-Q leaves the program running."""
         self._socket = stream
         self._connect = connect
-        self._tty = tty
+        self.tty = tty
+        self._may_leave = may_leave
+        self._held = False
+        """Ctrl-P was typed, and what comes next says what it meant."""
         self._session = ""
         """Names the program if it can be resumed."""
         self._may_be_kept = True
@@ -173,6 +238,21 @@ class Exec:
         if not wants_stdin:
             self._outgoing += stream.encode(b"")
 
+    def come_in(self) -> None:
+        """Go on with the program of an idle instance from now on. Raises Unreachable if there is none."""
+        self._session = _MAIN
+        self._resume()
+
+    def leave(self) -> None:
+        """Leave the program running; returns when the server knows."""
+        self._session = ""
+        with suppress(OSError, Unreachable):
+            self._socket.socket.setblocking(True)
+            self._socket.socket.settimeout(_LEAVE_SECONDS)
+            self._socket.socket.sendall(self._outgoing + self._socket.encode('{"leave":true}'))
+            while not self._socket.closed:
+                self._socket.receive_some()
+
     def run(self) -> int:
         # a socket pair, since Windows can select on sockets only, and macOS has no pipe2
         reading, writing = socketpair()
@@ -183,6 +263,9 @@ class Exec:
                 while True:
                     try:
                         return self._run_connected(reading)
+                    except Left:
+                        self.leave()
+                        raise
                     except _Gone:
                         raise
                     except Unreachable:
@@ -236,6 +319,10 @@ class Exec:
         if "input" not in said:
             raise _Gone(f"the program cannot be resumed: {said.get('error', message)}")
         self._forget_input(said["input"])
+        self._received = said.get("output", self._received)
+        self.tty = said.get("tty", self.tty)
+        if said["input_ended"]:
+            self._stdin = None
         self._acknowledged = self._received
         self._outgoing = bytearray(self._socket.encode(bytes(self._unread)) if self._unread else b"")
         if self._stdin_ended and not said["input_ended"]:
@@ -271,7 +358,16 @@ class Exec:
             data = source.recv(_READ) if isinstance(source, socket) else os.read(source, _READ)
         except OSError:
             data = b""  # the terminal has gone
-        self._outgoing += self._socket.encode(data)  # an empty message means end of input
+        if self._may_leave and self.tty and data:
+            data, leaves = self._without_keys(data)
+            if data:
+                self._outgoing += self._socket.encode(data)
+            if leaves:
+                raise Left
+            if not data:
+                return
+        else:
+            self._outgoing += self._socket.encode(data)  # an empty message means end of input
         if self._may_be_kept:
             self._unread += data
             if not self._session and len(self._unread) > _UNREAD:
@@ -280,6 +376,14 @@ class Exec:
             self._stdin = None
             self._stdin_ended = True
         self._flush()
+
+    def _without_keys(self, data: bytes) -> tuple[bytes, bool]:
+        """What was typed without Docker's keys for leaving, and whether they were among it."""
+        if self._held:
+            data = _LEAVE_KEYS[:1] + data
+        before, keys, _ = data.partition(_LEAVE_KEYS)
+        self._held = not keys and data.endswith(_LEAVE_KEYS[:1])
+        return (data[:-1] if self._held else before), bool(keys)
 
     def _flush(self) -> None:
         try:
@@ -298,7 +402,7 @@ class Exec:
 
     def _resize(self) -> None:
         size = window_size()
-        if self._tty and size:
+        if self.tty and size:
             message = {"resize": {"rows": size[0], "cols": size[1]}}
             self._outgoing += self._socket.encode(msgspec.json.encode(message).decode())
 
@@ -438,5 +542,40 @@ def raw_terminal(wanted: bool) -> Iterator[None]:
     terminals.setraw(fd, termios.TCSADRAIN)  # keeps type-ahead
     try:
         yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+@contextmanager
+def leave_keys() -> Iterator[None]:
+    """Within the block Ctrl-P Ctrl-Q, typed in a terminal, raises Left; nothing else that is typed has an effect but
+    Ctrl-C and its like."""
+    if not has_terminals() or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        yield
+        return
+    import termios
+    import tty as terminals
+
+    fd, typed = sys.stdin.fileno(), bytearray()
+
+    def watch() -> None:
+        while data := os.read(fd, _READ):
+            typed.extend(data)
+            del typed[: -len(_LEAVE_KEYS)]
+            if typed == _LEAVE_KEYS:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    before = termios.tcgetattr(fd)
+    terminals.setcbreak(fd, termios.TCSADRAIN)
+    plain = termios.tcgetattr(fd)
+    plain[0] &= ~termios.IXON  # Ctrl-Q is for us
+    termios.tcsetattr(fd, termios.TCSADRAIN, plain)
+    threading.Thread(target=watch, name="keys", daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if typed == _LEAVE_KEYS:
+            raise Left from None
+        raise
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)

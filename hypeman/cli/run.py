@@ -44,10 +44,13 @@ from hypeman.cli.session import (
     write_log,
 )
 
+_INTERRUPTED = 130
 _BOOTING = ("Created", "Initializing")
 _ENDED = ("Stopped", "Standby", "Unknown")
 _POLL_SECONDS = 0.3
 _WATCH_SECONDS = 120.0
+_UNTIL_ATTACHED = "10m"
+"""How long an instance that is to be deleted waits for its program, whose client may have been killed meanwhile."""
 _PRINTING = threading.Lock()
 _MOST_CPUS = 10_000
 _NAME_CHARACTERS = string.ascii_lowercase + string.digits
@@ -98,7 +101,9 @@ def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
 @click.option("-d", "--detach", is_flag=True, help="Print the id and do not wait for the boot.")
 @click.option("-i", "--interactive", is_flag=True, help="Run the program here with standard input; then stop the VM.")
 @click.option("-t", "--tty", is_flag=True, help="Like -i, with a terminal.")
-@click.option("--rm", "remove", is_flag=True, help="Show its output, and delete the VM when the program has ended.")
+@click.option(
+    "--rm", "remove", is_flag=True, help="Delete the VM when the program has ended; without -d, show its output."
+)
 @click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Without a value: taken from this shell.")
 @click.option("--env-file", "env_files", type=click.File(), multiple=True, metavar="FILE", help="Lines of KEY=VALUE.")
 @click.option("-u", "--user", help="Instead of the image's: a name or number, and a group after a colon.")
@@ -187,8 +192,8 @@ def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
 def run(session: Session, image: str, command: tuple[str, ...], **flags: Any) -> None:
     """Create an instance from IMAGE and boot it; prints its id.
 
-    COMMAND replaces the arguments of the image's program. With -it the program runs in this terminal; with --rm its
-    output is shown and its exit code returned.
+    COMMAND replaces the arguments of the image's program. With -it the program runs in this terminal, and Ctrl-P Ctrl-Q
+    leaves it running (`hypeman attach` comes back); with --rm its output is shown and its exit code returned.
     """
     if command:
         if flags["cmd"]:
@@ -196,6 +201,8 @@ def run(session: Session, image: str, command: tuple[str, ...], **flags: Any) ->
         flags["cmd"] = command[1:] if command[0] == "--" else command
     pull = flags.pop("pull")
     attached = flags["interactive"] or flags["tty"]
+    if flags["remove"] and flags["restart"] not in (None, "no"):
+        raise click.UsageError("--restart and --rm exclude each other")
     if flags["detach"] and attached:
         raise click.UsageError("-d excludes -i and -t")
     body = create_body(image, flags)
@@ -217,38 +224,64 @@ def run(session: Session, image: str, command: tuple[str, ...], **flags: Any) ->
 
 def run_attached(session: Session, body: dict[str, Any], *, tty: bool, remove: bool) -> int:
     """Boot without starting the image's program, then run it here; returns its exit code. The VM ends with it."""
-    from hypeman.cli.execute import run_program
+    from hypeman.cli.execute import Left, interrupted_by_signals, run_program
 
     client = session.client
     image = client.get(image_path(body["image"]))
+    if remove:
+        body = {"ttl": _UNTIL_ATTACHED, **body}
     made = client.post("/instances", {**body, "idle": True})
-    name = made["name"]
+    name, path = made["name"], path_of(made["id"])
     program = [
         *(body.get("entrypoint") or image.get("entrypoint") or ()),
         *(body.get("cmd") or (() if body.get("entrypoint") else image.get("cmd")) or ()),
     ]
+    is_left = False
     try:
-        query = {"state": "Running", "timeout": f"{_WATCH_SECONDS:.0f}s"}
-        booted = client.call("GET", f"{path_of(made['id'])}/wait", query=query, timeout=_WATCH_SECONDS + 10)
-        if booted["state"] != "Running":
-            fail(booted.get("state_error") or f"{name} is {booted['state']}", f"hypeman logs --source vmm {name}")
-        return run_program(session, name, tuple(program), tty=tty, wait_for_agent=int(_WATCH_SECONDS))
+        with interrupted_by_signals():
+            query = {"state": "Running", "timeout": f"{_WATCH_SECONDS:.0f}s"}
+            booted = client.call("GET", f"{path}/wait", query=query, timeout=_WATCH_SECONDS + 10)
+            if booted["state"] != "Running":
+                fail(booted.get("state_error") or f"{name} is {booted['state']}", f"hypeman logs --source vmm {name}")
+            if body.get("ttl") == _UNTIL_ATTACHED:
+                client.call("PATCH", path, {"ttl": "0s"})
+        return run_program(session, name, tuple(program), tty=tty, wait_for_agent=int(_WATCH_SECONDS), main=True)
+    except Left:
+        is_left = True
+        click.echo(f"\r\n{name} continues: hypeman attach {name}", err=True)
+        return 0
     finally:
-        client.call("DELETE", path_of(made["id"])) if remove else client.post(f"{path_of(made['id'])}/stop")
+        if not is_left:
+            _end(client, path, remove=remove)
+
+
+def _end(client: Client, path: str, *, remove: bool) -> None:
+    """Delete or stop an instance, which the server may have done already."""
+    try:
+        client.call("DELETE", path) if remove else client.post(f"{path}/stop")
+    except ApiError as error:
+        if error.status not in (404, 409):
+            raise
 
 
 def run_to_end(session: Session, made: dict[str, Any]) -> int:
     """Show the output of an instance until it ends, delete it, and return its exit code."""
+    from hypeman.cli.execute import interrupted_by_signals
+
     client, path = session.client, path_of(made["id"])
-    with interrupted(f"{made['name']} is kept: hypeman logs -f {made['name']}, hypeman rm --force {made['name']}"):
-        output = _Output(Client(client.settings), f"{path}/logs")
-        output.start()
-        ended = client.get(path)
-        while ended["state"] not in _ENDED:
-            time.sleep(_POLL_SECONDS)
+    output = _Output(Client(client.settings), f"{path}/logs")
+    try:
+        with interrupted_by_signals():
+            output.start()
             ended = client.get(path)
-        output.finish(client)
-    client.call("DELETE", path)
+            while ended["state"] not in _ENDED:
+                time.sleep(_POLL_SECONDS)
+                ended = client.get(path)
+            output.finish(client)
+    except KeyboardInterrupt:
+        _end(client, path, remove=True)
+        return _INTERRUPTED
+    _end(client, path, remove=True)
     if ended.get("exit_code") is None:
         fail(ended.get("exit_message") or ended.get("state_error") or f"{made['name']} ended without an exit code")
     return int(ended["exit_code"]) & 0xFF
@@ -331,6 +364,7 @@ def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
         credentials=_credentials(flags["credentials_json"]),
         tags={**guest_tags(flags), **pairs(flags["tags"])},
         ttl=flags["ttl"],
+        auto_remove=flags["remove"] or None,
         network=network,
         devices=flags["devices"],
         gpu=present(profile=flags["gpu_profile"]),

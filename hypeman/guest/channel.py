@@ -335,11 +335,11 @@ class Channel:
             self._connection.resize(session, rows, cols)
             self._wake_writer()
 
-    def close(self, session: Session, *, detach: bool = False) -> None:
-        """Release a session; with ``detach`` its program can be resumed. Idempotent."""
+    def close(self, session: Session, *, detach: bool = False, stays: bool = False) -> None:
+        """Release a session; with ``detach`` its program can be resumed (``Connection.detach``). Idempotent."""
         if self._sessions.pop(session.id, None) is not None:
             if detach:
-                self._connection.detach(session.id)
+                self._connection.detach(session.id, stays=stays)
             else:
                 self._connection.close(session.id)
             self._slots.release_on_behalf_of(session)

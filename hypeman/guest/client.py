@@ -25,7 +25,7 @@ from hypeman.guest.copies import CopyIn, CopyOut
 from hypeman.guest.failures import NOT_SUPPORTED, GuestError, GuestTimeout, VolumeBusy, check, error_text, parsed
 from hypeman.guest.fields import Fields, FieldWriter, Tag
 from hypeman.guest.programs import ExecSession
-from hypeman.guest.protocol import KEY_BYTES, Op
+from hypeman.guest.protocol import KEY_BYTES, MAIN_KEY, Op
 from hypeman.guest.types import CopyToRequest, ExecRequest, Metrics, PathInfo, parse_metrics, parse_path_info
 
 log = logging.getLogger(__name__)
@@ -70,15 +70,17 @@ class GuestClient(Channel):
         writer.u16(Tag.COLS, min(request.cols, 65535))
         writer.u64(Tag.TIMEOUT_MS, math.ceil(request.timeout_seconds * 1000))
         key = b""
-        if request.keep and await self._can_keep():
-            key = secrets.token_bytes(KEY_BYTES)
+        if (request.keep or request.main) and await self._can_keep():
+            key = MAIN_KEY if request.main else secrets.token_bytes(KEY_BYTES)
             writer.add(Tag.SESSION_KEY, key)
         return ExecSession(self, await self.open(Op.EXEC, writer, kept=bool(key)), key)
 
-    async def resume(self, key: bytes, received: int) -> ExecSession:
-        """Go on with a kept program, whose client has ``received`` bytes of its output. Raises NotFound if it is not
-        there any more, or cannot go on from there."""
-        writer = FieldWriter().add(Tag.SESSION_KEY, key).u64(Tag.RECEIVED, received)
+    async def resume(self, key: bytes, received: int | None) -> ExecSession:
+        """Go on with a kept program, whose client has ``received`` bytes of its output; None: it wants what follows.
+        Raises NotFound if it is not there any more, or cannot go on from there."""
+        writer = FieldWriter().add(Tag.SESSION_KEY, key)
+        if received is not None:
+            writer.u64(Tag.RECEIVED, received)
         session = await self.open(Op.RESUME, writer, kept=True)
         try:
             with trio.move_on_after(limits.OPEN):
@@ -91,7 +93,7 @@ class GuestClient(Channel):
         except BaseException:
             self.close(session, detach=True)
             raise
-        return ExecSession(self, session, key, received)
+        return ExecSession(self, session, key, session.resumed.output if received is None else received)
 
     async def _can_keep(self) -> bool:
         with trio.move_on_after(limits.OPEN):

@@ -95,6 +95,7 @@ class Tag(enum.IntEnum):
     RECEIVED = 91
     WAITING = 92
     INPUT_ENDED = 93
+    SENT = 94
 
 
 def _word(tag: Tag) -> str:

@@ -34,13 +34,13 @@ class ExecSession:
     is kept, leaves it to be resumed within a minute."""
 
     def __init__(self, channel: Channel, session: Session, key: bytes = b"", received: int = 0) -> None:
-        """``received``: bytes of a kept program's output that the client had when the program was resumed."""
+        """``received``: bytes of a kept program's output before those that follow."""
         self._channel = channel
         self._session = session
         self.key = key
         """Of a kept program: the argument of ``GuestClient.resume``. Else empty."""
         self._received = self._given = received
-        self._ends = False
+        self._ends = self._stays = False
 
     @property
     def resumed(self) -> Resumed | None:
@@ -65,6 +65,10 @@ class ExecSession:
     def end(self) -> None:
         """A kept program is not to be resumed: ``aclose`` kills it."""
         self._ends = True
+
+    def leave(self) -> None:
+        """``aclose`` leaves the program of an idle instance running, without a time within which it must be resumed."""
+        self._stays = True
 
     async def send_stdin(self, data: bytes) -> None:
         """Waits while the program does not read. No-op if the program has ended."""
@@ -108,4 +112,4 @@ class ExecSession:
         self._close()
 
     def _close(self) -> None:
-        self._channel.close(self._session, detach=bool(self.key) and not self._ends)
+        self._channel.close(self._session, detach=bool(self.key) and not self._ends, stays=self._stays)

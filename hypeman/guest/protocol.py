@@ -34,6 +34,8 @@ WINDOW = 524288
 MAX_SESSIONS = 128
 MAX_REQUEST = 262144
 KEY_BYTES = 16
+MAIN_KEY = b"hypeman-program!"
+"""Of the program of an idle instance: with its end the instance ends."""
 KEPT_BYTES = 131072
 MAX_STALE = 64 * 1024 * 1024
 """More leftover bytes than any queue between guest and host can hold."""
@@ -51,6 +53,7 @@ _FLUSH = bytes(_HEADER.size + MAX_PAYLOAD + _TRAILER_BYTES)
 _ACK = struct.Struct("<8s16s16sHHI")
 _FLAG_MORE = 1
 _FLAG_END = 2
+_FLAG_STAYS = 4
 _ACK_FLAG_NO_AGENT = 1
 _ACK_FLAG_KEEPS = 2
 
@@ -124,6 +127,10 @@ class Resumed(msgspec.Struct, frozen=True):
     received: int
     """Bytes of input that the guest has."""
     input_ended: bool
+    output: int = 0
+    """Bytes of output before those that follow. This and ``tty`` only if the host did not say how many its client
+    has."""
+    tty: bool = False
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -255,10 +262,11 @@ class Connection:
         if self._sessions.pop(session, None) is not None:
             self._send(FrameType.CLOSE, 0, session, b"")
 
-    def detach(self, session: int) -> None:
-        """Leave a kept session, which can be resumed for a while. No-op if it was closed."""
+    def detach(self, session: int, *, stays: bool = False) -> None:
+        """Leave a kept session, which can be resumed for a while; with ``stays`` the program of an idle instance, for
+        as long as it runs. No-op if it was closed."""
         if self._sessions.pop(session, None) is not None:
-            self._send(FrameType.DETACH, 0, session, b"")
+            self._send(FrameType.DETACH, _FLAG_STAYS if stays else 0, session, b"")
 
     def acknowledge(self, received: Told) -> None:
         self._send(FrameType.EVENT_ACK, 0, 0, bytes((received.kind,)))
@@ -361,7 +369,8 @@ class Connection:
                 state.awaits_resumption = False
                 state.credit = WINDOW - waiting
                 state.sent = fields.u64(Tag.RECEIVED)
-                events.append(Resumed(session, state.sent, fields.flag(Tag.INPUT_ENDED)))
+                ended, output, tty = fields.flag(Tag.INPUT_ENDED), fields.u64(Tag.SENT), fields.flag(Tag.TTY)
+                events.append(Resumed(session, state.sent, ended, output, tty))
             case FrameType.EXIT:
                 fields = Fields(payload)
                 state.ended = True

@@ -16,8 +16,20 @@ Uint32 = Annotated[int, Meta(ge=0, lt=2**32)]
 class ExecResumption(Struct, frozen=True, kw_only=True):
     """Which program a client resumes after its connection was lost."""
 
-    session: Annotated[str, Meta(pattern="^[0-9a-f]{32}$", description="As the server's first message said")]
-    received: Annotated[int, Meta(ge=0, lt=2**62, description="Bytes of output that the client has")] = 0
+    session: Annotated[
+        str,
+        Meta(
+            pattern="^([0-9a-f]{32}|main)$",
+            description="As the server's first message said; `main`: the program of an idle instance",
+        ),
+    ]
+    received: Annotated[
+        Annotated[int, Meta(ge=0, lt=2**62)] | None,
+        Meta(
+            description="Bytes of output that the client has; null: it wants what follows, and the server's first "
+            "message has `output`, the number of bytes before that"
+        ),
+    ] = 0
 
 
 class ExecRequest(Struct, frozen=True, kw_only=True):
@@ -41,6 +53,14 @@ class ExecRequest(Struct, frozen=True, kw_only=True):
             "from there: the server's first message is `{\"session\": KEY}` if the guest's agent can do that"
         ),
     ] = False
+    main: Annotated[
+        bool,
+        Meta(
+            description="Extension. This is the program of an idle instance: it is kept, its output is also in the "
+            'log, and when it ends, the instance ends, with its exit code. A client that sends `{"leave": true}` '
+            "leaves it running, and `resume` comes back to it"
+        ),
+    ] = False
     resume: Annotated[ExecResumption | None, Meta(description="Extension. Instead of a command")] = None
     separate: Annotated[
         bool,
@@ -51,8 +71,8 @@ class ExecRequest(Struct, frozen=True, kw_only=True):
     ] = False
 
     def __post_init__(self) -> None:
-        if self.separate and self.keep:
-            raise ValueError("separate and keep exclude each other")
+        if self.separate and (self.keep or self.main):
+            raise ValueError("separate and keep exclude each other; so do separate and main")
 
 
 class CpRequest(Struct, frozen=True, kw_only=True):

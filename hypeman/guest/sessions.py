@@ -10,16 +10,20 @@ from hypeman.guest import types as wire
 from hypeman.guest.client import GuestClient
 from hypeman.guest.copies import CopyIn, CopyOut
 from hypeman.guest.programs import ExecSession
+from hypeman.guest.protocol import MAIN_KEY
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.types import FileKind
 
+_MAIN = "main"
 _DEFAULT_COMMAND = ("/bin/sh",)
 _LINKS = {"link": FileKind.SYMLINK, "hardlink": FileKind.HARD_LINK}
 
 
 async def open_exec(client: GuestClient, request: ExecRequest) -> ExecSession:
     if request.resume is not None:
-        return await client.resume(bytes.fromhex(request.resume.session), request.resume.received)
+        session = request.resume.session
+        key = MAIN_KEY if session == _MAIN else bytes.fromhex(session)
+        return await client.resume(key, request.resume.received)
     return await client.exec(
         wire.ExecRequest(
             argv=request.command or _DEFAULT_COMMAND,
@@ -31,6 +35,7 @@ async def open_exec(client: GuestClient, request: ExecRequest) -> ExecSession:
             cols=request.cols,
             timeout_seconds=float(request.timeout),
             keep=request.keep,
+            main=request.main,
         )
     )
 

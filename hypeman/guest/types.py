@@ -87,6 +87,8 @@ class ExecRequest(msgspec.Struct, frozen=True):
     """0: none. On expiry everything in the session is killed and the exit code is 124."""
     keep: bool = False
     """Keep it for a minute if the connection is lost, if the agent can."""
+    main: bool = False
+    """The program of an idle instance, which ends with it. It is kept as well."""
 
 
 class CopyToRequest(msgspec.Struct, frozen=True):

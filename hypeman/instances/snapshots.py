@@ -215,7 +215,11 @@ class Snapshots:
         record = msgspec.structs.replace(
             before,
             spec=msgspec.structs.replace(
-                row.source.spec, tags=before.spec.tags, hypervisor=kind, access=before.spec.access
+                row.source.spec,
+                tags=before.spec.tags,
+                hypervisor=kind,
+                access=before.spec.access,
+                auto_remove=before.spec.auto_remove and capture is not None,
             ),
             digest=row.source.digest,
             ports=row.source.ports,

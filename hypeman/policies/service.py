@@ -32,6 +32,7 @@ from hypeman.policies.activity import Activity
 from hypeman.policies.checker import Checker
 from hypeman.policies.controller import Context
 from hypeman.policies.probes import Probes
+from hypeman.policies.remover import Remover
 from hypeman.policies.restarter import Restarter
 from hypeman.policies.scheduler import Scheduler
 from hypeman.policies.sleeper import Sleeper
@@ -79,6 +80,7 @@ class Policies:
         )
         self._restarter = Restarter(context, most=config.restart.max_concurrent, health=self.checker.status)
         self._scheduler = Scheduler(context, snapshots)
+        self._remover = Remover(context, sessions=self._activity.sessions)
         instances.details = self._details
         instances.board.listen(self.again)
 
@@ -161,7 +163,8 @@ class Policies:
         if record.deleting:
             return
         self._waker.look(record)
-        times = [controller.look(record, now) for controller in (self._restarter, self._scheduler, self._sleeper)]
+        controllers = (self._restarter, self._scheduler, self._sleeper, self._remover)
+        times = [controller.look(record, now) for controller in controllers]
         pauses = [max((time - now).total_seconds(), 0.0) for time in times if time is not None]
         if pauses:
             self._timers.set(instance_id, trio.current_time() + min(*pauses, LONGEST_SLEEP))

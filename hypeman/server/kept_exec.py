@@ -5,17 +5,20 @@ and the client its input until the server has said that the program has read it;
 nothing and gets nothing twice. Everything but output and input is in text messages:
 
     server  {"session": KEY}                         first, of a new program
-            {"input": N, "input_ended": BOOL}        first, of a resumed one: send input from N on
+            {"input": N, "input_ended": BOOL}        first, of a resumed one: send input from N on; with "output": N
+                                                     and "tty" if the client did not say how much output it has
             {"input": N}                             the program has read N bytes
             {"exitCode": N}, or with "error"         all output was sent
     client  {"received": N}                          of the output
             {"resize": {"rows": N, "cols": N}}
             {"done": true}                           it has the exit code, or gives up: the program is killed
+            {"leave": true}                          it goes, and the program of an idle instance runs on; the server
+                                                     closes
 
 A client sends at most 1 MiB of input that the program has not read. Its other messages may follow that input, and the
 program may want one of them, ``received``, before it reads on: they are taken while the input waits.
 
-A connection that ends without ``done`` leaves the program in the guest for a minute.
+A connection that ends without any of both leaves the program in the guest for a minute.
 """
 
 from __future__ import annotations
@@ -47,6 +50,8 @@ class Kept(Struct, frozen=True):
 class Resumed(Struct, frozen=True):
     input: int
     input_ended: bool
+    output: int | UnsetType = UNSET
+    tty: bool | UnsetType = UNSET
 
 
 class InputRead(Struct, frozen=True):
@@ -62,6 +67,7 @@ class ClientMessage(Struct, frozen=True):
     received: _Place | UnsetType = UNSET
     resize: Resize | UnsetType = UNSET
     done: Literal[True] | UnsetType = UNSET
+    leave: Literal[True] | UnsetType = UNSET
 
 
 class KeptExec:
@@ -75,14 +81,20 @@ class KeptExec:
         self._input = bytearray()
         """Not handed to the program yet."""
         self._input_ended = False
+        self.left = False
+        """The client has gone, and wants the program to run on."""
+        self._running = trio.CancelScope()
         self._wanted = True
         """False once the program takes no more input."""
         self._changed = trio.Event()
         """Of the three above."""
 
     async def run(self) -> int | None:
-        """The program's exit code; None if the guest's agent was lost, which may come back with the program."""
+        """The program's exit code; None if the client has ``left``, or the guest's agent was lost, which may come back
+        with the program."""
+        code = None
         async with trio.open_nursery() as nursery:
+            self._running = nursery.cancel_scope
             nursery.start_soon(self._take_messages)
             nursery.start_soon(self._give_input)
             nursery.start_soon(self._report_input)
@@ -98,7 +110,9 @@ class KeptExec:
         if resumed is None:
             await self._tell(Kept(self._session.key.hex()))
         else:
-            await self._tell(Resumed(resumed.received, resumed.input_ended))
+            await self._tell(
+                Resumed(resumed.received, resumed.input_ended, resumed.output or UNSET, resumed.tty or UNSET)
+            )
         try:
             while isinstance(received := await self._session.receive(), Output):
                 for chunk in chunks(received.data):
@@ -165,6 +179,10 @@ class KeptExec:
             self._session.acknowledge(message.received)
         if message.resize is not UNSET:
             await self._session.resize(message.resize.rows, message.resize.cols)
+        if message.leave is not UNSET:
+            self.left = True
+            self._session.leave()
+            self._running.cancel()
         if message.done is not UNSET:
             self._session.end()
             self._done.set()

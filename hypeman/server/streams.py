@@ -113,10 +113,11 @@ async def _exec(services: Services, socket: Socket, ref: str) -> None:
     try:
         async with _closing(await services.instances.exec(reference, request)) as session:
             if session.key:
-                code = await KeptExec(socket, session).run()
-                if code is not None:
-                    exit_code, status = code, "success"
-                await socket.close(1000 if code is not None else _COME_BACK)
+                kept = KeptExec(socket, session)
+                code = await kept.run()
+                if code is not None or kept.left:
+                    exit_code, status = code or 0, "success"
+                await socket.close(1000 if status == "success" else _COME_BACK)
                 return
             exit_code = await _run(socket, session, tty=request.tty, separate=request.separate)
             status = "success"

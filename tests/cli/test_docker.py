@@ -205,6 +205,15 @@ def test_global_options_after_names_of_several() -> None:
         assert hypeman.in_front(root, [command, "web", "-o", "json"]) == ["-o", "json", command, "web"]
 
 
+def test_what_is_to_be_removed_is_removed_by_the_server(cli: Any, server: Any) -> None:
+    """Also if the command is gone by then."""
+    assert cli("run", "-d", "--rm", "--name", "one", "nginx").exit_code == 0
+    cli("run", "-d", "nginx")
+    assert [request.auto_remove for what, request in server.world.instances.asked if what == "create"] == [True, False]
+    assert body_of("--rm", "--restart", "no", "alpine")["auto_remove"]
+    assert cli("run", "--rm", "--restart", "always", "nginx").exit_code == 2
+
+
 def test_the_image_is_pulled_again_if_asked(cli: Any, server: Any) -> None:
     refused = cli("run", "--pull", "never", "docker.io/library/gone")
     assert (refused.exit_code, server.world.instances.asked) == (1, [])

@@ -99,8 +99,8 @@ class Terminal:
     def type(self, data: bytes) -> None:
         os.write(self.fd, data)
 
-    def wait_for(self, text: bytes) -> None:
-        deadline = time.monotonic() + 15
+    def wait_for(self, text: bytes, seconds: float = 15) -> None:
+        deadline = time.monotonic() + seconds
         while text not in self.seen:
             assert time.monotonic() < deadline, self.seen
             if select.select([self.fd], [], [], 0.1)[0]:

@@ -6,8 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from hypeman.guest.client import GuestClient
 from hypeman.guest.programs import ExecSession
 from hypeman.guest.session_types import ExecRequest
 from hypeman.guest.sessions import open_exec
+from hypeman.instances.model.types import InstanceState
 from tests.cli.conftest import Running
 from tests.cli.test_exec import Terminal, wait_until
 from tests.guest.conftest import NONCE, Agent, serve
@@ -148,4 +152,89 @@ def test_a_program_that_is_gone_is_an_immediate_error(tmp_path: Path, agent: Age
     with Upgraded(tmp_path, other):
         _, errors = running.communicate(timeout=30)
     other.close()
-    assert (running.returncode, b"cannot be resumed: there is no such program" in errors) == (255, True), errors
+    assert (running.returncode, b"cannot be resumed: the program is no longer kept" in errors) == (255, True), errors
+
+
+# The program of an idle instance
+
+
+@pytest.fixture
+def idle(tmp_path: Path) -> Iterator[Agent]:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "log").touch()
+    started = Agent(tmp_path / "root", "--idle", str(tmp_path / "log"))
+    yield started
+    started.close()
+
+
+def opened(server: Running, *arguments: str) -> Terminal:
+    return Terminal(sys.executable, "-m", "hypeman", "--base-url", server.url, *arguments)
+
+
+def test_a_program_that_is_left_and_attached_again(tmp_path: Path, idle: Agent) -> None:
+    """Ctrl-P Ctrl-Q, together or one by one, and Ctrl-P before anything else is the program's."""
+    with Upgraded(tmp_path, idle) as server:
+        first = opened(server, "run", "-it", "--name", "web2", "nginx", "sh")
+        first.type(b"stty -echo; A=kept; echo re${A}y\n")
+        first.wait_for(b"rekepty")
+        first.type(b"\x10")
+        time.sleep(0.2)
+        first.type(b"\x11")
+        first.wait_for(b"web2 continues: hypeman attach web2")
+        assert first.exit_code() == 0
+        assert [one.state for one in server.world.instances.instances.values()] == [InstanceState.RUNNING] * 2
+        second = opened(server, "attach", "web")
+        second.type(b"echo re${A}y\n")
+        second.wait_for(b"rekepty")
+        second.type(b"cat -v\n\x10x\n\x10")
+        second.wait_for(b"^Px")
+        second.type(b"\x11")
+        second.wait_for(b"web continues")
+        assert second.exit_code() == 0
+        third = opened(server, "attach", "web")
+        wait_until(lambda: not termios.tcgetattr(third.fd)[3] & termios.ICANON)
+        third.type(b"\x03")
+        third.wait_for(b"# ")
+        third.type(b"stty size; echo still $A; exit 4\n")
+        third.wait_for(b"still kept")
+        assert third.exit_code() == 4
+        for terminal in (first, second, third):
+            os.close(terminal.fd)
+
+
+def test_who_has_no_program_of_run_is_followed(tmp_path: Path, agent: Agent) -> None:
+    with Upgraded(tmp_path, agent) as server:
+        log = server.world.instances.log_directory / "web-app.log"
+        log.touch()
+        following = opened(server, "attach", "web")
+        wait_until(lambda: appended(log, "a line\n", following))
+        following.type(b"typed\x10\x11")
+        following.wait_for(b"web continues")
+        assert following.exit_code() == 0
+        os.close(following.fd)
+
+
+def appended(log: Path, text: str, terminal: Terminal) -> bool:
+    """Whether the terminal has shown what is appended to the log."""
+    with open(log, "a") as file:
+        file.write(text)
+    with suppress(AssertionError):
+        terminal.wait_for(text.strip().encode(), 1)
+    return text.strip().encode() in terminal.seen
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_ended_ends_its_instance(tmp_path: Path, idle: Agent, number: int) -> None:
+    with Upgraded(tmp_path, idle) as server:
+        command = [sys.executable, "-m", "hypeman", "--base-url", server.url, "run", "-i", "--rm", "--name", "one"]
+        with subprocess.Popen(
+            [*command, "nginx", "sh", "-c", "echo here; exec sleep 1000"], stdin=-1, stdout=-1
+        ) as running:
+            assert running.stdout is not None
+            assert running.stdout.readline() == b"here\n"
+            running.send_signal(number)
+            assert running.wait(15) == 130
+        assert [one.name for one in server.world.instances.instances.values()] == ["web"]
+        [request] = [asked for what, asked in server.world.instances.asked if what == "create"]
+        assert (request.idle, request.auto_remove, request.ttl) == (True, True, "10m")
+        assert [asked.ttl for what, asked in server.world.instances.asked if what == "update"] == ["0s"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,8 +13,8 @@ import trio
 from hypeman.errors import InvalidRequest, NotFound
 from hypeman.guest.client import GuestClient
 from hypeman.guest.programs import ExecResult, ExecSession, Output
-from hypeman.guest.protocol import KEPT_BYTES
-from hypeman.guest.types import ExecRequest
+from hypeman.guest.protocol import KEPT_BYTES, MAIN_KEY
+from hypeman.guest.types import ExecRequest, Exited
 
 from .conftest import NONCE, Agent, serve
 
@@ -182,3 +182,136 @@ async def test_programs_without_a_client_take_no_slot_of_others(agent: Agent) ->
         session = await client.resume(keys[-1], 0)
         session.end()
         await session.aclose()
+
+
+# The program of an idle instance
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """What would be the instance's log."""
+    (tmp_path / "log").touch()
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def idle(tmp_path: Path, log: Path) -> Iterator[Agent]:
+    """An agent that keeps programs for 100 ms."""
+    (tmp_path / "root").mkdir()
+    started = Agent(tmp_path / "root", "--idle", str(log), "--keep-ms", "100")
+    yield started
+    started.close()
+
+
+async def start_main(client: GuestClient, script: str, *, tty: bool = False) -> ExecSession:
+    session = await client.exec(ExecRequest(argv=("sh", "-c", script), main=True, tty=tty))
+    assert session.key == MAIN_KEY
+    return session
+
+
+async def ended(client: GuestClient) -> Exited:
+    with trio.fail_after(60):
+        while not isinstance(event := await client.events.receive(), Exited):
+            pass
+    return event
+
+
+async def over(agent: Agent) -> None:
+    """The machine is off; while its host is there, so that nothing is waited for."""
+    with trio.fail_after(60):
+        while agent.process.poll() is None:
+            await trio.sleep(0.05)
+
+
+async def test_the_machine_ends_with_the_program_of_an_idle_instance(idle: Agent, log: Path) -> None:
+    async with connected(idle) as client:
+        session = await start_main(client, "echo out; echo err >&2; exit 7")
+        had = b""
+        while isinstance(output := await session.receive(), Output):
+            had += output.data
+        assert (sorted(had.split()), output.exit_code) == ([b"err", b"out"], 7)
+        assert (await ended(client)).exit_code == 7
+        session.end()
+        await session.aclose()
+        await over(idle)
+    assert idle.process.returncode == 0
+    assert sorted(log.read_text().split()) == ["err", "out"]
+
+
+@pytest.mark.parametrize("tty", [False, True])
+async def test_a_program_that_is_left_runs_on_and_takes_input_again(idle: Agent, log: Path, tty: bool) -> None:
+    script = "echo begun; seq 40000; echo done > mark; read line; echo got $line; exit 3"
+    script = script.replace("mark", str(log.with_name("mark")))
+    async with connected(idle) as client:
+        session = await start_main(client, script, tty=tty)
+        assert isinstance(await session.receive(), Output)
+        session.leave()
+        await session.aclose()
+        await client.stat("/")  # the guest has read that
+    with trio.fail_after(60):
+        while not log.with_name("mark").exists():  # it was never blocked, and never ended for want of a client
+            await trio.sleep(0.05)
+    await trio.sleep(0.5)
+    async with connected(idle) as client:
+        session = await client.resume(MAIN_KEY, None)
+        assert session.resumed is not None
+        assert session.resumed.tty is tty
+        session.acknowledge(session.resumed.output)
+        await session.send_stdin(b"this\n")
+        had = b""
+        while isinstance(output := await session.receive(), Output):
+            had += output.data
+            session.acknowledge(session.resumed.output + len(had))
+        assert (b"got this" in had, b"begun" in had, output.exit_code) == (True, False, 3)
+        assert (await ended(client)).exit_code == 3
+        session.end()
+        await session.aclose()
+        await over(idle)
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if line != "this"] == ["begun", *map(str, range(1, 40001)), "got this"]
+
+
+async def test_a_program_whose_client_is_lost_ends_and_the_machine_with_it(idle: Agent) -> None:
+    async with connected(idle) as client:
+        await start_main(client, "sleep 1000")
+        await client.stat("/")
+    async with connected(idle) as client:
+        assert (await ended(client)).exit_code == 137
+
+
+async def test_a_program_that_ends_without_a_client_is_in_the_log(idle: Agent, log: Path) -> None:
+    async with connected(idle) as client:
+        session = await start_main(client, "sleep 0.3; seq 10000; exit 5")
+        session.leave()
+        await session.aclose()
+        await client.stat("/")  # the guest has read that
+        assert (await ended(client)).exit_code == 5
+        await over(idle)
+    assert log.read_text().splitlines() == list(map(str, range(1, 10001)))
+
+
+async def test_an_instance_has_one_program(idle: Agent, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with_own = Agent(tmp_path / "other")
+    try:
+        async with connected(idle) as client:
+            await start_main(client, "sleep 1000")
+            await refuses_another(client)
+        async with connected(with_own) as client:
+            await refuses_another(client)
+    finally:
+        with_own.close()
+
+
+async def refuses_another(client: GuestClient) -> None:
+    result = await (await start_main(client, "true")).receive()
+    assert isinstance(result, ExecResult)
+    assert (result.exit_code, result.message) == (126, "this instance has a program of its own")
+
+
+async def test_signals_are_for_the_program_of_an_idle_instance(idle: Agent) -> None:
+    async with connected(idle) as client:
+        session = await start_main(client, "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done")
+        assert isinstance(await session.receive(), Output)
+        await client.shutdown()
+        assert (await ended(client)).exit_code == 9

@@ -67,6 +67,8 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
     auto_standby: AutoStandbyPolicy | None = None
     health_check: HealthCheck | None = None
     restart_policy: RestartPolicy | None = None
+    auto_remove: bool = False
+    """Deleted when it has ended."""
 
 
 class StopCause(enum.StrEnum):
@@ -197,8 +199,8 @@ def forked(
 ) -> InstanceRecord:
     """The record of a fork: in Standby on ``capture``, or Stopped without one; ``tags`` replace those of the source.
 
-    Only what is named here is kept from the source. A fork has no credentials, expiry or history yet, and
-    its host name is its own name; its number is assigned when it is recorded.
+    Only what is named here is kept from the source. A fork has no credentials, expiry, automatic deletion or history
+    yet, and its host name is its own name; its number is assigned when it is recorded.
     """
     spec = source.spec
     state = InstanceState.STOPPED if capture is None else InstanceState.STANDBY

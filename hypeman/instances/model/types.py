@@ -317,6 +317,10 @@ class CreateInstanceRequest(Struct, frozen=True, kw_only=True):
         Annotated[str, Meta(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?$", max_length=64)] | None,
         Meta(description="Extension. Default: the name"),
     ] = None
+    auto_remove: Annotated[
+        bool,
+        Meta(description="Extension. Delete it when it has ended, or is stopped. Not with a restart policy"),
+    ] = False
     idle: Annotated[
         bool,
         Meta(description="Extension. Start no program: the instance runs until it is stopped, and exec runs programs"),
@@ -463,6 +467,7 @@ class Instance(Struct, frozen=True, kw_only=True):
     auto_standby: AutoStandbyPolicy | UnsetType = UNSET
     health_check: HealthCheck | UnsetType = UNSET
     restart_policy: RestartPolicy | UnsetType = UNSET
+    auto_remove: Annotated[bool | UnsetType, Meta(description="Extension: deleted when it has ended")] = UNSET
     health_status: InstanceHealthStatus = InstanceHealthStatus(status=HealthState.DISABLED)
     restart_status: RestartStatus | UnsetType = UNSET
     phase_durations_ms: Annotated[

@@ -21,12 +21,13 @@ from hypeman.guest.settings import parse_settings
 from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import STACK_TAG, Tags, check_name, check_tags
-from hypeman.instances.model.policies import check_policies
+from hypeman.instances.model.policies import check_policies, restart_rules
 from hypeman.instances.model.record import InstanceSpec
 from hypeman.instances.model.types import (
     CreateInstanceRequest,
     EgressRequest,
     EgressUpdate,
+    RestartMode,
     SnapshotPolicy,
     VolumeMount,
 )
@@ -94,6 +95,8 @@ def check_create(
         network=request.network.enabled,
         agent=not request.skip_guest_agent,
     )
+    if request.auto_remove and restart_rules(request.restart_policy).mode is not RestartMode.NEVER:
+        raise InvalidRequest("auto_remove and a restart policy exclude each other", code="invalid_restart_policy")
     _check_network(request)
     volumes = check_volumes(request.volumes)
     spec = InstanceSpec(
@@ -128,6 +131,7 @@ def check_create(
         auto_standby=request.auto_standby,
         health_check=request.health_check,
         restart_policy=request.restart_policy,
+        auto_remove=request.auto_remove,
     )
     _check_capable(spec, kind, capabilities)
     return spec

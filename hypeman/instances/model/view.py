@@ -54,6 +54,7 @@ def render_instance(record: InstanceRecord, lease: Lease | None, *, mdev_uuid: s
         auto_standby=spec.auto_standby or UNSET,
         health_check=spec.health_check or UNSET,
         restart_policy=spec.restart_policy or UNSET,
+        auto_remove=spec.auto_remove or UNSET,
         phase_durations_ms=record.phases.durations_ms(now),
         current_phase=record.phases.current,
         current_phase_since=record.phases.since,
