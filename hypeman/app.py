@@ -67,11 +67,12 @@ async def run(config: Config, shutdown: trio.Event, *, started: Callable[[], obj
                 log.info("shutting down before startup was complete; VMs keep running")
                 background.cancel_scope.cancel()
                 return
-            calls = Calls(parts.store, parts.services)
+            services = parts.services()
+            calls = Calls(parts.store, services)
             await background.start(calls.run)
             settings = ServerSettings(config.jwt_secret, config.request_timeout, _local_url(config))
             sessions = Sessions(parts.store, config.jwt_secret)
-            app = Front(parts.services, settings, calls, sessions, assets.find_ui())
+            app = Front(services, settings, calls, sessions, assets.find_ui())
             open_to_all = config.socket.trusted
             async with trio.open_nursery() as serving:
                 await serving.start(

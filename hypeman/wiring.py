@@ -114,7 +114,29 @@ class Parts:
     volumes: Volumes
     ingresses: Ingresses
     builds: Builds
-    services: Services
+    resources: ResourceService
+
+    def services(self) -> Services:
+        """What the API calls."""
+        return Services(
+            images=self.images,
+            instances=self.instances,
+            snapshots=self.snapshots,
+            policies=self.policies,
+            volumes=self.volumes,
+            devices=self.devices,
+            ingresses=self.ingresses,
+            egress=self.egress_view,
+            events=self.events,
+            resources=self.resources,
+            capabilities=CapabilityView(self.config, self.catalog, self.network, self.images),
+            doctor=Doctor(self.config),
+            registry=self.registry,
+            pushes=self.pushes,
+            builds=self.builds,
+            traces=traces.RECORDER,
+            metering=self.metering,
+        )
 
 
 @dataclass(frozen=True)
@@ -229,27 +251,9 @@ async def build(config: Config, stack: AsyncExitStack) -> Parts:
         volumes=volumes,
         ingresses=ingresses,
         builds=builds,
-        services=Services(
-            images=images,
-            instances=instances,
-            snapshots=snapshots,
-            policies=policies,
-            volumes=volumes,
-            devices=devices,
-            ingresses=ingresses,
-            egress=egress_view,
-            events=events,
-            resources=resources,
-            capabilities=CapabilityView(config, catalog, network, images),
-            doctor=Doctor(config),
-            registry=registry,
-            pushes=pushes,
-            builds=builds,
-            traces=traces.RECORDER,
-            metering=metering,
-        ),
+        resources=resources,
     )
-    _register_metrics(parts, resources)
+    _register_metrics(parts)
     traces.RECORDER.keep(config.traces.keep)
     return parts
 
@@ -482,7 +486,7 @@ def _builds(base: _Base, instances: Instances, volumes: Volumes, images: Images,
     )
 
 
-def _register_metrics(parts: Parts, resources: ResourceService) -> None:
+def _register_metrics(parts: Parts) -> None:
     """The metrics that are read from the services when they are scraped."""
     egress_metrics.register(parts.egress)
     build_metrics.register(parts.builds)
@@ -491,5 +495,5 @@ def _register_metrics(parts: Parts, resources: ResourceService) -> None:
     instance_metrics.register(parts.instances, parts.config.metrics.per_instance)
     network_metrics.register(parts.store)
     policy_metrics.register(parts.policies)
-    resource_metrics.register(resources)
+    resource_metrics.register(parts.resources)
     volume_metrics.register(parts.volumes)

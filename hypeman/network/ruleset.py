@@ -245,9 +245,23 @@ def render_removal() -> str:
     return "".join(f"table {family} {TABLE}\ndelete table {family} {TABLE}\n" for family in FAMILIES)
 
 
+_ANY_TAP = f'"{TAP_PREFIX}*"'
+
+
 def _inet_table(facts: RuleFacts, elements: dict[tuple[str, str], list[str]]) -> str:
-    gateway, network = facts.subnet.gateway, facts.subnet.network
-    any_tap = f'"{TAP_PREFIX}*"'
+    chains = (
+        _identity_chains(facts),
+        _translation_chains(facts),
+        _to_host_chains(facts),
+        _to_world_chains(facts),
+        _departure_chain(facts),
+        _asleep_chain(),
+    )
+    return f"table inet {TABLE} {{\n{_sets(elements)}{_host_sets(facts)}" + "\n".join(chains) + "}\n"
+
+
+def _host_sets(facts: RuleFacts) -> str:
+    """Interfaces of the host, and networks that are closed to guests."""
     refused = ", ".join(REFUSED_NETWORKS)
     private = "" if facts.allow_private else f"        elements = {{ {', '.join(PRIVATE_NETWORKS)} }}\n"
     forwarding = "".join(
@@ -255,8 +269,7 @@ def _inet_table(facts: RuleFacts, elements: dict[tuple[str, str], list[str]]) ->
     )
     uplinks = "".join(f"        elements = {{ {', '.join(map(_quoted, facts.uplinks))} }}\n" if facts.uplinks else "")
     return f"""\
-table inet {TABLE} {{
-{_sets(elements)}    set uplinks {{
+    set uplinks {{
         type ifname
 {uplinks}    }}
     set forwarding {{
@@ -271,23 +284,34 @@ table inet {TABLE} {{
         type ipv4_addr
         flags interval
 {private}    }}
+"""
+
+
+def _identity_chains(facts: RuleFacts) -> str:
+    """The rate limits, and packets whose sender is not who it claims to be."""
+    return f"""\
 {_pace_set(facts)}{_limits(facts)}
     chain identity {{
         type filter hook prerouting priority -450; policy accept;
         iifname "{WAKE_LINK}" accept
-        iifname {any_tap} jump identity_guest
+        iifname {_ANY_TAP} jump identity_guest
     }}
     chain identity_guest {{
 {_policer(facts)}        ip daddr 127.0.0.0/8 counter drop
         iifname . ether saddr . ip saddr @guests accept
         counter drop
     }}
+"""
 
+
+def _translation_chains(facts: RuleFacts) -> str:
+    """Connections that go to the proxy or to a published port."""
+    return f"""\
     chain arrivals {{
         type nat hook prerouting priority dstnat; policy accept;
 {_mediation(facts)}{_bypass(facts)}        iifname @mediated tcp dport {_WEB} return
         ip daddr 127.0.0.0/8 return
-        iifname != {any_tap} iifname != @forwarding return
+        iifname != {_ANY_TAP} iifname != @forwarding return
 {_kept_by_gateway(facts)}        meta l4proto {{ tcp, udp }} jump publish
     }}
     chain from_host {{
@@ -297,10 +321,16 @@ table inet {TABLE} {{
     chain publish {{
         fib daddr type != local return
 {_translations()}    }}
+"""
 
+
+def _to_host_chains(facts: RuleFacts) -> str:
+    """What guests reach of the host."""
+    gateway = facts.subnet.gateway
+    return f"""\
     chain to_host {{
         type filter hook input priority filter; policy accept;
-        iifname {any_tap} goto to_host_guest
+        iifname {_ANY_TAP} goto to_host_guest
         iifname != "lo" ip daddr {gateway} counter drop
     }}
     chain to_host_guest {{
@@ -309,26 +339,32 @@ table inet {TABLE} {{
         icmp type echo-request accept
 {_offered(facts)}        counter goto refuse
     }}
+"""
 
+
+def _to_world_chains(facts: RuleFacts) -> str:
+    """What is forwarded from guests and to them."""
+    network = facts.subnet.network
+    return f"""\
     chain to_world {{
         type filter hook forward priority filter; policy accept;
-        iifname {any_tap} goto to_world_guest
+        iifname {_ANY_TAP} goto to_world_guest
         oifname @closed ct state established ct direction reply oifname . {_OPENED_REPLY} counter drop
-        oifname {any_tap} ct state established,related accept
-        oifname {any_tap} ct status dnat {_PUBLISHED} accept
-        oifname {any_tap} counter drop
+        oifname {_ANY_TAP} ct state established,related accept
+        oifname {_ANY_TAP} ct status dnat {_PUBLISHED} accept
+        oifname {_ANY_TAP} counter drop
     }}
     chain to_world_guest {{
         iifname "{WAKE_LINK}" ct state established,related accept
         ct direction reply ct status dnat ct state established,related accept
         iifname @closed counter goto to_world_closed
         iifname @mode_all meta l4proto != {{ udp, icmp }} counter goto refuse
-        oifname {any_tap} ct status dnat {_PUBLISHED} accept
+        oifname {_ANY_TAP} ct status dnat {_PUBLISHED} accept
         iifname @mediated tcp dport {_WEB} counter goto refuse
         iifname @mediated udp dport 443 counter reject with icmpx type port-unreachable
-        oifname {any_tap} iifname @neighbours oifname @neighbours accept
+        oifname {_ANY_TAP} iifname @neighbours oifname @neighbours accept
         oifname "{WAKE_LINK}" iifname @neighbours ip daddr @asleep accept
-        oifname {any_tap} jump share_group
+        oifname {_ANY_TAP} jump share_group
         ip daddr @refused counter goto refuse
         ip daddr {network} counter goto refuse
         udp sport {{ 67, 68 }} counter drop
@@ -348,14 +384,25 @@ table inet {TABLE} {{
         meta l4proto tcp reject with tcp reset
         reject with icmpx type admin-prohibited
     }}
+"""
 
+
+def _departure_chain(facts: RuleFacts) -> str:
+    """Source addresses of what leaves."""
+    gateway, network = facts.subnet.gateway, facts.subnet.network
+    return f"""\
     chain departures {{
         type nat hook postrouting priority srcnat; policy accept;
         ip saddr . ip daddr @hairpin snat ip to {gateway}
-        oifname {any_tap} ip saddr 127.0.0.0/8 snat ip to {gateway}
+        oifname {_ANY_TAP} ip saddr 127.0.0.0/8 snat ip to {gateway}
         ip saddr {network} oifname @uplinks masquerade
     }}
+"""
 
+
+def _asleep_chain() -> str:
+    """A limit for packets to each instance in standby."""
+    return f"""\
     set arrivals_asleep {{
         type ipv4_addr
         size 65535
@@ -367,7 +414,6 @@ table inet {TABLE} {{
         oifname != "{WAKE_LINK}" accept
         update @arrivals_asleep {{ ip daddr limit rate over 256/second burst 512 packets }} counter drop
     }}
-}}
 """
 
 
