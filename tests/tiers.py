@@ -31,7 +31,8 @@ _WHOLE = """
     images/test_conformance.py images/test_crash.py images/test_created_from.py images/test_hostile.py
     images/test_import.py images/test_registry.py images/test_service.py images/test_worker.py
     ingress/test_crash.py
-    instances/test_life.py instances/test_lifecycle.py instances/test_trouble.py instances/test_unknown.py
+    instances/test_life.py instances/test_lifecycle.py instances/test_storage_trouble.py
+    instances/test_trouble.py instances/test_unknown.py
     kube/test_crash.py
     server/test_serve.py test_backup.py
     walls/test_hostile_archives.py walls/test_hostile_guest.py walls/test_hostile_remote_vmm.py

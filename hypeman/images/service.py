@@ -27,7 +27,6 @@ from pathlib import Path
 import msgspec
 import trio
 
-from hypeman import events
 from hypeman.config import ImagesConfig
 from hypeman.errors import (
     Conflict,
@@ -48,6 +47,15 @@ from hypeman.images.convert import fill_volume
 from hypeman.images.disks import Disks, Stored
 from hypeman.images.making import Job, MakeFailed, Maker
 from hypeman.images.manifest import Manifest, ManifestError, PlatformMissing, choose_platform, parse_manifest
+from hypeman.images.outcomes import (
+    fail_image,
+    find_image,
+    is_retried,
+    make_ready,
+    named_images,
+    note_change,
+    settle_image,
+)
 from hypeman.images.records import (
     HOLDERS,
     IMAGES,
@@ -158,11 +166,11 @@ class Images:
             for row in rows:
                 stored = found[row.digest]
                 if row.status is ImageStatus.READY and stored is None:
-                    _fail(txn, row, "its disk is gone; pull it again")
+                    fail_image(txn, row, "its disk is gone; pull it again")
                 elif not row.status.is_final and stored is not None:
-                    _make_ready(txn, row, stored)
+                    make_ready(txn, row, stored)
                 elif not row.status.is_final and row.borrowed:
-                    _fail(txn, row, "interrupted by a restart, and its login was not kept; ask for it again")
+                    fail_image(txn, row, "interrupted by a restart, and its login was not kept; ask for it again")
 
         await self._store.write(settle)
         rows = self._store.read(lambda txn: [row for _, row in txn.scan(IMAGES)])
@@ -196,7 +204,7 @@ class Images:
     async def _retry(self, now: float) -> None:
         """Build images again that failed because this host lacked something, at growing intervals, if their bytes are
         here. The client that pushed one does not repeat it: its push succeeded."""
-        rows = self._store.read(lambda txn: [row for _, row in txn.scan(IMAGES) if _is_retried(row)])
+        rows = self._store.read(lambda txn: [row for _, row in txn.scan(IMAGES) if is_retried(row)])
         before, self._retries = self._retries, {}
         for row in rows:
             at, interval = before.get(row.digest, (now, _COLLECT_INTERVAL))
@@ -210,7 +218,7 @@ class Images:
 
         def write(txn: Txn) -> bool:
             row = txn.get(IMAGES, digest)
-            if row is None or not _is_retried(row):
+            if row is None or not is_retried(row):
                 return False
             txn.put(IMAGES, digest, msgspec.structs.replace(row, status=ImageStatus.PENDING, error="", transient=False))
             return True
@@ -348,12 +356,12 @@ class Images:
         now = self._now()
 
         def write(txn: Txn) -> tuple[NameRow, ImageRow]:
-            _, source, row = _find(txn, ref)
+            _, source, row = find_image(txn, ref)
             before = txn.get(NAMES, str(wanted))
             tags = before.tags if before is not None else source.tags
             naming = NameRow(row.digest, now, tags, wanted=source.wanted)
             txn.put(NAMES, str(wanted), naming)
-            _note(txn, str(wanted), naming, row, "tagged")
+            note_change(txn, str(wanted), naming, row, "tagged")
             return naming, row
 
         naming, row = await self._store.write(write)
@@ -365,7 +373,7 @@ class Images:
         ref = parse_reference(name)
 
         def remove(txn: Txn) -> str:
-            key, naming, row = _find(txn, ref)
+            key, naming, row = find_image(txn, ref)
             others = [
                 other for other, found in txn.scan(NAMES) if other != key and row.digest in (found.digest, found.wanted)
             ]
@@ -373,7 +381,7 @@ class Images:
                 raise InUse(f"image {key} is in use by an instance or a snapshot")
             txn.delete(NAMES, key)
             self._on_delete(txn, key)
-            _note(txn, key, naming, row, "deleted")
+            note_change(txn, key, naming, row, "deleted")
             if others:
                 return ""
             txn.delete(IMAGES, row.digest)
@@ -432,7 +440,7 @@ class Images:
         self._waits.add(wait)
         try:
             row = self._known(ref)
-            if row is not None and _is_retried(row):
+            if row is not None and is_retried(row):
                 await self._make_again(row.digest)
                 row = self._known(ref)
             if row is None or row.status is ImageStatus.FAILED or (row.platform and row.platform != wanted):
@@ -575,7 +583,7 @@ class Images:
         """Record the images of an archive under their names; returns the first."""
         if wanted is not None and wanted.digest:
             raise InvalidRequest("an imported image is given a tag, not a digest", code="invalid_name")
-        named = _names_for(found, wanted, default)
+        named = named_images(found, wanted, default)
         recorded = [await self._record_import(name, image, tags) for name, image in named]
         return recorded[0]
 
@@ -616,9 +624,9 @@ class Images:
                     naming = msgspec.structs.replace(naming, tags=tags)
             txn.put(NAMES, name, naming)
             if known is None:
-                _note(txn, name, naming, row, "created")
+                note_change(txn, name, naming, row, "created")
             elif begin or known.digest != naming.digest:
-                _note(txn, name, naming, row, "updated")
+                note_change(txn, name, naming, row, "updated")
             return naming, row, begin and row.status is ImageStatus.PENDING
 
         naming, row, begin = await self._store.write(write)
@@ -658,7 +666,7 @@ class Images:
                 error = "internal error; the cause is in the server's log"
         if job.given_up:
             return
-        await self._record_end(job, lambda txn: _settle(txn, job.digest, stored, error, transient))
+        await self._record_end(job, lambda txn: settle_image(txn, job.digest, stored, error, transient))
         if stored is not None:
             self._made += 1
             metrics.image_pulls.labels("success").inc()
@@ -717,7 +725,7 @@ class Images:
         return row
 
     def _look_up(self, ref: Reference) -> tuple[str, NameRow, ImageRow]:
-        return self._store.read(lambda txn: _find(txn, ref))
+        return self._store.read(lambda txn: find_image(txn, ref))
 
     def _view(self, name: str, naming: NameRow, row: ImageRow) -> Image:
         job = self._jobs.get(row.digest)
@@ -725,87 +733,3 @@ class Images:
             row = msgspec.structs.replace(row, status=job.status)
         position = self._queue.index(job) + 1 if job is not None and job in self._queue else None
         return view(name, naming, row, position)
-
-
-def _find(txn: Txn, ref: Reference) -> tuple[str, NameRow, ImageRow]:
-    """The name's rows. A digest is also found under any other name of the same repository."""
-    naming = txn.get(NAMES, str(ref))
-    if naming is not None and (row := txn.get(IMAGES, naming.digest)) is not None:
-        return str(ref), naming, row
-    if ref.digest and (row := txn.get(IMAGES, ref.digest)) is not None:
-        for name, found in txn.scan(NAMES, f"{ref.registry}/{ref.repository}"):
-            same = (other := parse_reference(name)).registry == ref.registry and other.repository == ref.repository
-            if same and ref.digest in (found.digest, found.wanted):
-                return name, found, row
-    raise NotFound(f"there is no image {ref}")
-
-
-def _is_retried(row: ImageRow) -> bool:
-    return row.status is ImageStatus.FAILED and row.transient and not row.source
-
-
-def _settle(txn: Txn, digest: str, stored: Stored | None, error: str, transient: bool) -> None:
-    row = txn.get(IMAGES, digest)
-    if row is None:
-        return  # deleted meanwhile; its orphaned disk is collected
-    if stored is not None:
-        _make_ready(txn, row, stored)
-    else:
-        _fail(txn, row, error, transient)
-
-
-def _make_ready(txn: Txn, row: ImageRow, stored: Stored) -> None:
-    ready = msgspec.structs.replace(
-        row, status=ImageStatus.READY, error="", fs=stored.fs, size=stored.size, platform=stored.platform,
-        config=stored.config,
-    )  # fmt: skip
-    txn.put(IMAGES, row.digest, ready)
-    _repoint(txn, ready, "ready")
-
-
-def _fail(txn: Txn, row: ImageRow, error: str, transient: bool = False) -> None:
-    failed = msgspec.structs.replace(row, status=ImageStatus.FAILED, error=error[:2000], transient=transient)
-    txn.put(IMAGES, row.digest, failed)
-    _repoint(txn, failed, "failed")
-
-
-def _repoint(txn: Txn, row: ImageRow, outcome: str) -> None:
-    """Names waiting for the image ``row`` now refer to it if it is ready, or keep their previous image; they keep
-    waiting for one that is made again."""
-    for name, naming in list(txn.scan(NAMES)):
-        if row.digest not in (naming.digest, naming.wanted):
-            continue
-        if naming.wanted == row.digest and not _is_retried(row):
-            target = row.digest if row.status is ImageStatus.READY else naming.digest
-            naming = msgspec.structs.replace(naming, digest=target, wanted="")
-            txn.put(NAMES, name, naming)
-        _note(txn, name, naming, row, outcome)
-
-
-def _note(txn: Txn, name: str, naming: NameRow, row: ImageRow, action: str) -> None:
-    events.record(
-        txn,
-        events.Kind.IMAGE,
-        action,
-        name,
-        name=name,
-        tags=naming.tags,
-        data={"digest": row.digest, "status": row.status.value, "error": row.error or None},
-    )
-
-
-def _names_for(found: Sequence[Imported], wanted: Reference | None, default: str) -> list[tuple[Reference, Imported]]:
-    """The images of an archive to record, with their names. Raises InvalidRequest."""
-    if wanted is not None and len(found) == 1:
-        return [(wanted, found[0])]
-    named = [(parse_reference(name), image) for image in found for name in image.names]
-    if wanted is not None:
-        if fitting := [(name, image) for name, image in named if str(name) == str(wanted)]:
-            return fitting[:1]
-        offered = ", ".join(str(name) for name, _ in named) or "none of them has a name"
-        raise InvalidRequest(f"the archive has {len(found)} images, but not {wanted}: {offered[:500]}")
-    if not named and default and len(found) == 1:
-        return [(parse_reference(default), found[0])]
-    if not named:
-        raise InvalidRequest("the archive does not name its image; give a name", code="invalid_name")
-    return named

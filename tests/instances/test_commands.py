@@ -37,7 +37,8 @@ from hypeman.store import Store
 from hypeman.volumes.records import ATTACHMENTS
 from tests.instances.fake_world import FakeGuest, HostFailed, Lab, request
 from tests.instances.situations import clean_up, in_standby, running, settled, until_state, with_volume
-from tests.instances.test_trouble import jam_taps, make_volume, remove_volumes
+from tests.instances.test_storage_trouble import make_volume, remove_volumes
+from tests.instances.test_trouble import jam_taps
 
 AT_DATA = AttachVolumeRequest(mount_path="/data", readonly=True)
 

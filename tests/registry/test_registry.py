@@ -21,7 +21,7 @@ import trio
 
 from hypeman.actor import Actor, acting, set_actor
 from hypeman.errors import Conflict, StoreError
-from hypeman.images import making
+from hypeman.images import making, outcomes
 from hypeman.images import service as image_service
 from hypeman.images.manifest import Manifest
 from hypeman.images.types import CreateImageRequest, ImageStatus
@@ -446,7 +446,7 @@ async def test_an_outcome_is_recorded_when_the_store_takes_changes_again(
 ) -> None:
     monkeypatch.setattr(making, "_SPARE_BYTES", 1 << 60)
     monkeypatch.setattr(image_service, "_RECORD_SECONDS", 0.01)
-    settle, refusals = image_service._settle, 2
+    settle, refusals = outcomes.settle_image, 2
 
     def refuse_twice(*outcome: Any) -> None:
         nonlocal refusals
@@ -455,7 +455,7 @@ async def test_an_outcome_is_recorded_when_the_store_takes_changes_again(
             raise StoreError("the store could not be written: No space left on device")
         settle(*outcome)
 
-    monkeypatch.setattr(image_service, "_settle", refuse_twice)
+    monkeypatch.setattr(image_service, "settle_image", refuse_twice)
     async with served.client() as client:
         await push_image(client, "a", "v1")
         with trio.fail_after(30):
