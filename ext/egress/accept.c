@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include "hello.h"
+#include "login.h"
 #include "loop.h"
 
 enum { ORIGINAL_DST = 80 }; /* SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST */
@@ -73,6 +74,7 @@ static void down_killed(struct conn *c)
     echo_end(&c->x);
     xchg_uncount(&c->x);
     postgres_end(c);
+    mysql_end(c);
 }
 
 void accept_all(struct loop *l)
@@ -117,6 +119,8 @@ void accept_all(struct loop *l)
             continue;
         }
         conn_timer(c, T_HEAD);
+        if (mysql_waits(c))
+            mysql_begin(c);
         conn_run(c); /* its first bytes are there, see TCP_DEFER_ACCEPT in engine.c */
     }
 }
@@ -174,7 +178,7 @@ static enum reason judge(struct conn *c, bool named, bool *pass)
         why = R_PORT;
     } else if (!snapshot_covers(s, &c->to.host, c->to.port)) {
         if (s->unmatched == UNMATCHED_PASS) /* what is refused is refused by request, inside TLS */
-            *pass = unread && !snapshot_logs_in(s, &c->to.host, c->to.port);
+            *pass = unread && !snapshot_is_login(s, &c->to.host, c->to.port);
         else if (!name)
             why = R_ADDRESS_LITERAL;
         else if (s->unmatched == UNMATCHED_DENY)
@@ -215,6 +219,11 @@ static void on_hello(struct conn *c, const struct hello *h)
     }
     c->to.tls = true;
     c->to.port = c->explicit_proxy ? c->loop->engine->assumed_tls_port : c->dialled_port;
+    if (c->my) {
+        mysql_hello(c, &name, h->name_len > 0);
+        terminate(c);
+        return;
+    }
     if (c->pg || h->postgres) {
         if (!postgres_hello(c, &name, h->name_len > 0))
             c->refused = judge(c, true, &pass);
@@ -307,7 +316,7 @@ static void shake_hands(struct conn *c)
         return;
     }
     bool h2 = n == 2 && memcmp(alpn, "h2", 2) == 0;
-    c->phase = c->pg ? P_POSTGRES : h2 ? P_HTTP2 : P_HTTP1;
+    c->phase = c->pg ? P_POSTGRES : c->my ? P_MYSQL : h2 ? P_HTTP2 : P_HTTP1;
     conn_timer(c, T_HEAD);
     c->head_timer = true;
     conn_mark(c);
@@ -334,7 +343,7 @@ bool down_connect(struct conn *c, const struct head *h, size_t used)
     struct host named;
     uint16_t port, named_port;
     enum reason why = R_NONE;
-    bool pass = false;
+    bool pass = false, mysql = false;
     if (host_parse_authority(h->target.p, h->target.n, &c->to.host, &port) == HOST_INVALID || port == 0)
         why = R_BAD_HOST;
     else if (h->chunked || h->content_length > 0)
@@ -348,7 +357,8 @@ bool down_connect(struct conn *c, const struct head *h, size_t used)
     if (why == R_NONE) {
         c->to.port = port;
         c->to.tls = true;
-        why = judge(c, true, &pass);
+        mysql = login_possible(c, RULE_MYSQL);
+        why = mysql ? R_NONE : judge(c, true, &pass);
     }
     if (why != R_NONE) {
         xchg_begin(&c->x, c, h);
@@ -363,6 +373,8 @@ bool down_connect(struct conn *c, const struct head *h, size_t used)
         down_pass(c);
     else
         reply_connected(c);
+    if (mysql)
+        mysql_begin(c);
     return true;
 }
 
@@ -471,6 +483,9 @@ void down_run(struct conn *c)
             return;
         case P_POSTGRES:
             postgres_run(c);
+            return;
+        case P_MYSQL:
+            mysql_run(c);
             return;
         case P_TUNNEL:
             tunnel_run(c);

@@ -6,7 +6,7 @@
  *
  * Layout, little-endian: u16 size of all; u8 kind (0 request, 1 passed through, 2 connection refused, 3 by an ingress, 4
  * passed through by an ingress); u8
- * rules applied; u16 status; u8 reason; u8 HTTP major version, 0 for Postgres; u8 decision; u16 port; u32 µs taken; i64 µs since 1970; u64
+ * rules applied; u16 status; u8 reason; u8 HTTP major version, 0 for logins to databases; u8 decision; u16 port; u32 µs taken; i64 µs since 1970; u64
  * bytes up; u64 bytes down; then instance, host, method, credentials, rule, target, each as u8 length and text. By an ingress:
  * the host is the one that the client asked for, and instead of the last three come the id of the ingress, the client and the
  * path without the query.
@@ -99,7 +99,7 @@ static void begin_record(struct writer *w, unsigned kind, const struct xchg *x, 
     put(w, x ? x->injected : 0, 1);
     put(w, (uint64_t)status, 2);
     put(w, why, 1);
-    put(w, x && x->to.postgres ? 0 : x && x->down && x->down->h2 ? 2 : 1, 1);
+    put(w, x && (x->to.postgres || x->to.mysql) ? 0 : x && x->down && x->down->h2 ? 2 : 1, 1);
     put(w, x ? x->ruled.decision : 0, 1);
     put(w, port, 2);
     put(w, took_us > UINT32_MAX ? UINT32_MAX : (uint64_t)took_us, 4);

@@ -45,6 +45,7 @@ enum phase {
     P_HTTP2,
     P_POSTGRES_TLS, /* up: the host says whether it begins TLS */
     P_POSTGRES,     /* until the login is complete; then P_TUNNEL */
+    P_MYSQL,        /* the same */
     P_TUNNEL,       /* after 101: bytes, sealed on both sides */
     P_SPLICE,       /* passed through */
     P_LINGER,       /* everything said; reading until the peer is done */
@@ -83,6 +84,7 @@ struct visit {
 
 struct echo;
 struct postgres;
+struct mysql;
 
 /* Where an instance is, as the server said. */
 struct place {
@@ -222,6 +224,7 @@ struct conn {
     struct addr source;
     struct xchg x;
     struct postgres *pg;   /* a login to Postgres, see postgres.h */
+    struct mysql *my;      /* a login to MySQL, see mysql.h */
     bool explicit_proxy;   /* not redirected: the client spoke to the proxy's own address */
     struct conn *passing;  /* the connection that is being opened to pass it through */
     bool connected;        /* a CONNECT was answered; `to` is bound */

@@ -8,7 +8,8 @@
  *               host: dial, verify, keep; HTTP/1, HTTP/2                      pool.c up1.c up2.c
  *               what joins them, through struct side; carrying unread bytes   xchg.c splice.c
  *               credentials taken out of responses                            echo.c
- *               logins to Postgres: guest, host                               pgdown.c pgup.c
+ *               logins to databases: guest, host                              pgdown.c pgup.c mydown.c myup.c
+ *               what they have in common                                      login.c
  *               what the HTTP/2 sides share; records of requests              h2.c audit.c
  *   tls         OpenSSL over a connection's buffers; certificate chains       tls.c chain.c
  *   io          buffers, sockets, timers                                      io.c
@@ -16,7 +17,7 @@
  *               verdicts on requests, signatures, leaves, heads, queries,     transform.c sigv4.c mint.c h1.c query.c
  *               client certificates, texts in a stream,                        identity.c scrub.c
  *               names, addresses;                                             hello.c host.c addr.c
- *               messages of Postgres, its passwords;                          pgwire.c scram.c
+ *               messages of Postgres and MySQL, their passwords;              pgwire.c scram.c mywire.c scramble.c
  *               routes and certificates of ingresses, what is forwarded       site.c certs.c forward.c
  *
  * Three kinds of calls point up: accept.c and front.c have the loop run a new connection, pool.c asks the engine for
@@ -150,6 +151,15 @@ void postgres_ask_for_tls(struct conn *up);
 void postgres_tls_answer(struct conn *up);
 void postgres_host_run(struct conn *up);
 bool postgres_may_go_on(struct conn *c, const struct snapshot *s); /* under these rules */
+
+/* mydown.c, myup.c */
+bool mysql_waits(struct conn *c); /* it is a new connection to a port of MySQL, where the host speaks first */
+void mysql_begin(struct conn *c); /* c->to.host: if it is known; else what the rules say */
+void mysql_hello(struct conn *c, const struct host *name, bool named);
+void mysql_run(struct conn *c);
+void mysql_end(struct conn *c);
+void mysql_host_run(struct conn *up);
+bool mysql_may_go_on(struct conn *c, const struct snapshot *s);
 
 /* splice.c */
 void splice_begin(struct conn *down, struct conn *up);

@@ -58,6 +58,14 @@ static void set_up_listener(int fd)
     (void)setsockopt(fd, IPPROTO_TCP, TCP_DEFER_ACCEPT, &one, sizeof one);
 }
 
+/* A client of MySQL waits for the server to speak. Not undone: other instances may have such rules too. */
+static void hear_at_once(struct engine *e)
+{
+    int none = 0;
+    for (unsigned i = 0; i < e->n; i++)
+        (void)setsockopt(e->loops[i].listener, IPPROTO_TCP, TCP_DEFER_ACCEPT, &none, sizeof none);
+}
+
 static bool make_loop(struct engine *e, struct loop *l, unsigned index, const struct engine_settings *s)
 {
     l->engine = e;
@@ -238,6 +246,8 @@ int engine_set_policy(struct engine *e, const char *address, const char *instanc
 {
     struct addr a;
     struct snapshot *s = addr_parse(address, &a) ? snapshot_decode(data, n) : NULL;
+    if (s && s->greets)
+        hear_at_once(e);
     if (!s || table_set(&e->table, a, instance, s) != 0) {
         errno = EINVAL;
         return -1;

@@ -31,6 +31,8 @@ static struct postgres *pg_of(struct conn *c)
 {
     if (!c->pg && !(c->pg = calloc(1, sizeof *c->pg)))
         abort(); /* nothing sensible is left to do without memory */
+    c->pg->login.kind = RULE_POSTGRES;
+    c->pg->login.method = "POSTGRES";
     return c->pg;
 }
 
@@ -97,7 +99,7 @@ static const char *sqlstate_of(enum reason why)
     switch (why) {
     case R_PG_PROTOCOL:
         return "08P01"; /* protocol_violation */
-    case R_PG_PASSWORD:
+    case R_LOGIN_PASSWORD:
         return "28P01"; /* invalid_password */
     case R_RATE:
     case R_BUSY:
@@ -113,13 +115,6 @@ static const char *sqlstate_of(enum reason why)
 
 static void fail(struct xchg *x, enum reason why, const char *detail, bool told)
 {
-    static const char *const HINTS[] = {
-        [NEXT_NEVER] = "never_retry: the outcome will be the same.",
-        [NEXT_APPROVAL] = "retry_after_approval: somebody has to approve it.",
-        [NEXT_OTHER_HOST] = "use_another_host: this one is not allowed.",
-        [NEXT_LATER] = "retry_later: it may succeed then.",
-        [NEXT_CHANGE] = "change_the_request: it cannot succeed as it is.",
-    };
     struct conn *c = x->down;
     const struct reason_text *r = &REASONS[why];
     char message[300];
@@ -129,8 +124,8 @@ static void fail(struct xchg *x, enum reason why, const char *detail, bool told)
     if (!x->injected)
         x->keys[0] = 0; /* it was not used */
     if (told && !c->pg->cancels) {
-        struct out o = pg_scratch(c);
-        pg_write_error(&o, sqlstate_of(why), message, detail, HINTS[r->next]);
+        struct out o = login_scratch(c);
+        pg_write_error(&o, sqlstate_of(why), message, detail, login_hint(why));
         conn_write(c, o.p, o.n);
     }
     xchg_try_finish(x);
@@ -154,77 +149,24 @@ static void pump(struct conn *c)
 static const struct side GUEST = {
     .fail = fail, .finished = finished, .resume = resume, .pump = pump, .lost = xchg_lost};
 
-static void begin_exchange(struct conn *c, const char *method)
-{
-    struct xchg *x = &c->x;
-    xchg_begin(x, c, NULL);
-    (void)snprintf(x->method, sizeof x->method, "%s", method);
-    x->to = c->to;
-    c->loop->counters[M_REQUESTS]++;
-}
-
 static enum step refuse(struct conn *c, enum reason why, const char *detail)
 {
     if (!c->x.active)
-        begin_exchange(c, "POSTGRES");
+        login_begin(c, "POSTGRES");
     down_fail(&c->x, why, detail);
     return STEP_STOP;
 }
 
 /* ── What may be ─────────────────────────────────────────────────────────────────────────────── */
 
-static enum reason check_access(const struct conn *c, const struct xchg *x, const struct snapshot *s, struct ruled *out)
-{
-    struct head *h = &c->loop->head; /* without fields: no rule on paths covers it, and one on methods can name it */
-    h->n = 0;
-    h->method = str_of("POSTGRES");
-    return apply_access(s, h, &x->to, str_of("*"), c->loop->now_s, x->approved ? x->asked_rule : NULL, out);
-}
-
-/* The rule for the login, by which the exchange is noted. */
-enum reason pg_find_rule(struct conn *c, const struct snapshot *s, const struct rule **rule)
-{
-    const struct postgres *pg = c->pg;
-    struct xchg *x = &c->x;
-    if (!snapshot_logs_in(s, &x->to.host, x->to.port))
-        return R_HOST_DENIED;
-    const struct rule *r = snapshot_login(s, &x->to.host, x->to.port, str_of(pg->role), str_of(pg->database));
-    if (!r)
-        return R_PG_ROLE;
-    size_t n = r->key.n < sizeof x->keys - 1 ? r->key.n : sizeof x->keys - 1;
-    memcpy(x->keys, r->key.p, n);
-    x->keys[n] = 0;
-    x->to.tls = !r->extra[PG_PLAIN].n;
-    *rule = r;
-    return R_NONE;
-}
-
 enum reason pg_decide(struct conn *c, uint64_t *generation)
 {
-    const struct rule *r;
-    struct snapshot *s = tenant_borrow(c->tenant, generation);
-    if (!s)
-        return R_UNREGISTERED;
-    enum reason access = check_access(c, &c->x, s, &c->x.ruled), why = R_NONE;
-    if (access != R_NONE && access != R_APPROVAL_PENDING)
-        why = access;
-    if (why == R_NONE)
-        why = pg_find_rule(c, s, &r);
-    if (why == R_NONE && !scram_verifier_read(&c->pg->verifier, r->extra[PG_VERIFIER]))
-        why = R_CREDENTIAL;
-    if (why == R_NONE)
-        why = access != R_NONE ? access : rule_is_ready(r, c->loop->now_s) ? R_NONE : R_CREDENTIAL;
-    snapshot_release(s);
-    return why;
+    return login_decide(c, &c->pg->login, generation);
 }
 
 bool postgres_may_go_on(struct conn *c, const struct snapshot *s)
 {
-    struct ruled now;
-    const struct postgres *pg = c->pg;
-    const struct destination *to = &c->x.to;
-    const struct rule *r = snapshot_login(s, &to->host, to->port, str_of(pg->role), str_of(pg->database));
-    return r && (to->tls || r->extra[PG_PLAIN].n) && check_access(c, &c->x, s, &now) == R_NONE;
+    return login_may_go_on(c, &c->pg->login, s);
 }
 
 /* ── The guest ───────────────────────────────────────────────────────────────────────────────── */
@@ -238,27 +180,6 @@ void postgres_begin(struct conn *c)
     c->to.port = c->explicit_proxy ? c->loop->engine->assumed_tls_port : c->dialled_port;
 }
 
-/* Without a server name it can only mean the one host that logins are for here; whoever that is, is verified later. */
-static bool only_host(struct conn *c)
-{
-    uint64_t generation;
-    struct snapshot *s = tenant_borrow(c->tenant, &generation);
-    const struct pattern *p = s ? snapshot_login_host(s, c->to.port) : NULL;
-    if (p)
-        (void)host_canonical(p->host.p, p->host.n, false, &c->to.host);
-    snapshot_release(s);
-    return p != NULL;
-}
-
-static bool logs_in(const struct conn *c)
-{
-    uint64_t generation;
-    struct snapshot *s = tenant_borrow(c->tenant, &generation);
-    bool found = s && snapshot_logs_in(s, &c->to.host, c->to.port);
-    snapshot_release(s);
-    return found;
-}
-
 bool postgres_hello(struct conn *c, const struct host *name, bool named)
 {
     bool direct = !c->pg;
@@ -267,9 +188,9 @@ bool postgres_hello(struct conn *c, const struct host *name, bool named)
     c->pg->stage = S_STARTUP;
     if (named) {
         c->to.host = *name;
-        return logs_in(c);
+        return login_possible(c, RULE_POSTGRES);
     }
-    if (!only_host(c)) {
+    if (!login_only_host(c, &c->pg->login, NULL)) {
         addr_text(c->dialled, c->to.host.text);
         c->to.host.len = (uint8_t)strlen(c->to.host.text);
         c->to.host.kind = HOST_IP;
@@ -299,13 +220,6 @@ static enum step deny_gss(struct conn *c)
 
 static void connect_host(struct conn *c);
 
-static enum reason within_limits(struct conn *c)
-{
-    if (!tenant_may_request(c->tenant, &c->loop->engine->table.limits, c->loop->now_us))
-        return R_RATE;
-    return xchg_count(&c->x) ? R_NONE : R_BUSY;
-}
-
 static enum step begin_cancel(struct conn *c, const struct pg_startup *s)
 {
     struct destination to;
@@ -313,19 +227,19 @@ static enum step begin_cancel(struct conn *c, const struct pg_startup *s)
         conn_finish(c, false); /* as a server does */
         return STEP_STOP;
     }
-    begin_exchange(c, "CANCEL");
+    login_begin(c, "CANCEL");
     c->pg->cancels = true;
     c->pg->process = s->process;
     c->pg->secret = s->secret;
     c->x.to = to;
-    enum reason why = within_limits(c);
+    enum reason why = login_within_limits(c);
     if (why != R_NONE)
         return refuse(c, why, NULL);
     connect_host(c);
     return STEP_STOP;
 }
 
-static void copy_name(char out[PG_NAME_MAX], struct str name)
+static void copy_name(char *out, struct str name)
 {
     memcpy(out, name.p, name.n); /* shorter, see pgwire.c */
     out[name.n] = 0;
@@ -335,7 +249,7 @@ static void copy_name(char out[PG_NAME_MAX], struct str name)
 static enum reason check_login(struct conn *c)
 {
     uint64_t generation;
-    enum reason why = within_limits(c);
+    enum reason why = login_within_limits(c);
     if (why != R_NONE)
         return why;
     why = pg_decide(c, &generation);
@@ -344,14 +258,26 @@ static enum reason check_login(struct conn *c)
     return why == R_APPROVAL_PENDING || why == R_CREDENTIAL ? R_NONE : why;
 }
 
+static enum reason read_verifier(struct conn *c)
+{
+    uint64_t generation;
+    const struct rule *r;
+    struct snapshot *s = tenant_borrow(c->tenant, &generation);
+    enum reason why = s ? login_find(c, &c->pg->login, s, &r) : R_UNREGISTERED;
+    if (why == R_NONE && !scram_verifier_read(&c->pg->verifier, r->extra[LOGIN_VERIFIER]))
+        why = R_CREDENTIAL;
+    snapshot_release(s);
+    return why;
+}
+
 static enum step log_in(struct conn *c, const struct pg_startup *s)
 {
     static const char PLUS[] = SCRAM_PLUS "\0" SCRAM "\0";
     struct postgres *pg = c->pg;
-    struct out o = pg_scratch(c);
-    begin_exchange(c, "POSTGRES");
-    copy_name(pg->role, s->user);
-    copy_name(pg->database, s->database);
+    struct out o = login_scratch(c);
+    login_begin(c, "POSTGRES");
+    copy_name(pg->login.user, s->user);
+    copy_name(pg->login.database, s->database);
     pg_write_startup(&o, s);
     char *startup = malloc(o.n);
     if (!startup)
@@ -359,9 +285,11 @@ static enum step log_in(struct conn *c, const struct pg_startup *s)
     memcpy(startup, o.p, o.n);
     pg->startup = (struct str){startup, (uint32_t)o.n};
     enum reason why = check_login(c);
+    if (why == R_NONE)
+        why = read_verifier(c);
     if (why != R_NONE)
         return refuse(c, why, NULL);
-    o = pg_scratch(c);
+    o = login_scratch(c);
     if (s->version != PG_VERSION_3_0 || s->options)
         pg_write_negotiation(&o, s);
     pg_write_authentication(&o, PG_AUTH_SASL, (struct str){PLUS, sizeof PLUS});
@@ -418,7 +346,7 @@ static bool take_initial(struct conn *c, struct str body)
     if (mechanism.n != strlen(name) || memcmp(mechanism.p, name, mechanism.n) != 0
         || !scram_server_begin(&pg->guest, &pg->verifier, plus, &binding, data, NULL))
         return false;
-    struct out o = pg_scratch(c);
+    struct out o = login_scratch(c);
     pg_write_authentication(&o, PG_AUTH_SASL_CONTINUE, (struct str){pg->guest.first.p, pg->guest.first.n});
     conn_write(c, o.p, o.n);
     pg->stage = S_PROOF;
@@ -430,7 +358,7 @@ static bool take_proof(struct conn *c, struct str body)
     struct postgres *pg = c->pg;
     if (!scram_server_trusts(&pg->guest, &pg->verifier, body))
         return false;
-    struct out o = pg_scratch(c);
+    struct out o = login_scratch(c);
     pg_write_authentication(&o, PG_AUTH_SASL_FINAL, (struct str){pg->guest.final.p, pg->guest.final.n});
     conn_write(c, o.p, o.n);
     pg->stage = S_HOST;
@@ -448,7 +376,8 @@ static enum step read_password(struct conn *c)
         return refuse(c, R_PG_PROTOCOL, "a message of the login is malformed, or too long");
     bool initial = c->pg->stage == S_SASL, good = initial ? take_initial(c, m.body) : take_proof(c, m.body);
     if (!good)
-        return refuse(c, initial ? R_PG_PROTOCOL : R_PG_PASSWORD, initial ? "a message of SCRAM is malformed" : NULL);
+        return refuse(c, initial ? R_PG_PROTOCOL : R_LOGIN_PASSWORD,
+                      initial ? "a message of SCRAM is malformed" : "it is sent by SCRAM-SHA-256");
     buf_take(c->loop, &c->in, m.size);
     if (!initial)
         connect_host(c);

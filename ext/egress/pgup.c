@@ -19,7 +19,7 @@ bool postgres_asks_for_tls(const struct conn *up)
 
 void postgres_ask_for_tls(struct conn *up)
 {
-    struct out o = pg_scratch(up);
+    struct out o = login_scratch(up);
     up->phase = P_POSTGRES_TLS;
     pg_write_request(&o, PG_SSL_REQUEST);
     conn_write(up, o.p, o.n);
@@ -50,7 +50,7 @@ void pg_begin_host(struct conn *up)
 {
     struct conn *c = up->one->down;
     struct postgres *pg = c->pg;
-    struct out o = pg_scratch(up);
+    struct out o = login_scratch(up);
     conn_timer(up, T_HANDSHAKE);
     if (pg->cancels) {
         pg_write_cancel(&o, pg->process, pg->secret);
@@ -81,7 +81,7 @@ static const struct rule *password_rule(struct conn *up, struct snapshot **s)
     struct conn *c = up->one->down;
     uint64_t generation;
     *s = tenant_borrow(c->tenant, &generation);
-    enum reason why = *s ? pg_find_rule(c, *s, &r) : R_UNREGISTERED;
+    enum reason why = *s ? login_find(c, &c->pg->login, *s, &r) : R_UNREGISTERED;
     if (why == R_NONE && !rule_is_ready(r, up->loop->now_s))
         why = R_CREDENTIAL;
     if (why == R_NONE && c->x.to.tls && !up->ssl)
@@ -115,7 +115,7 @@ static void begin_scram(struct conn *up, bool plus)
     /* "y" claims that the server has no binding, which one that offered it would take for an attack */
     enum scram_bound bound = plus && binding.n ? SCRAM_BOUND : up->ssl && !plus ? SCRAM_NOT_OFFERED : SCRAM_UNBOUND;
     scram_client_begin(pg->client, bound, &binding, NULL);
-    struct out o = pg_scratch(up);
+    struct out o = login_scratch(up);
     pg_write_sasl_initial(&o, bound == SCRAM_BOUND ? SCRAM_PLUS : SCRAM,
                           (struct str){pg->client->first.p, pg->client->first.n});
     conn_write(up, o.p, o.n);
@@ -136,7 +136,7 @@ static enum step derive(struct conn *up)
     up->shaking = false;
     conn_timer(up, T_HANDSHAKE);
     scram_client_prove(pg->client);
-    struct out o = pg_scratch(up);
+    struct out o = login_scratch(up);
     pg_write(&o, 'p', (struct str){pg->client->final.p, pg->client->final.n});
     conn_write(up, o.p, o.n);
     note_use(up);
@@ -154,7 +154,7 @@ static enum step take_challenge(struct conn *up, struct str data)
     bool good = scram_client_take(pg->client, data, r->value);
     snapshot_release(s);
     if (!good)
-        return give_up(up, R_PG_UPSTREAM, "its challenge is malformed, or has too few or too many iterations");
+        return give_up(up, R_LOGIN_UPSTREAM, "its challenge is malformed, or has too few or too many iterations");
     pg->host = H_DERIVE;
     return STEP_AGAIN;
 }
@@ -168,17 +168,17 @@ static enum step answer_simply(struct conn *up, uint32_t kind, struct str salt)
     char md5[36];
     if (!r)
         return STEP_STOP;
-    bool any = same_text(r->extra[PG_METHOD], "password");
+    bool any = same_text(r->extra[LOGIN_METHOD], "password");
     bool clear = kind == PG_AUTH_CLEARTEXT && any && up->ssl && !salt.n;
-    bool hashed = kind == PG_AUTH_MD5 && (any || same_text(r->extra[PG_METHOD], "md5")) && salt.n == 4;
+    bool hashed = kind == PG_AUTH_MD5 && (any || same_text(r->extra[LOGIN_METHOD], "md5")) && salt.n == 4;
     if (!clear && !hashed) {
         snapshot_release(s);
-        return give_up(up, R_PG_UPSTREAM, "it does not ask for SCRAM-SHA-256, or what else the rule accepts");
+        return give_up(up, R_LOGIN_UPSTREAM, "it does not ask for SCRAM-SHA-256, or what else the rule accepts");
     }
-    struct out o = pg_scratch(up);
+    struct out o = login_scratch(up);
     struct str answer = r->value;
     if (hashed) {
-        md5_answer(r->value, pg->role, salt, md5);
+        md5_answer(r->value, pg->login.user, salt, md5);
         answer = str_of(md5);
     }
     char type = 'p';
@@ -209,7 +209,7 @@ static enum step welcome(struct conn *up)
     enum reason why = decide_again(up);
     if (why != R_NONE)
         return give_up(up, why, NULL);
-    struct out o = pg_scratch(x->down);
+    struct out o = login_scratch(x->down);
     pg_write_authentication(&o, PG_AUTH_OK, (struct str){"", 0});
     conn_write(x->down, o.p, o.n);
     pg_forget_client(x->down->pg);
@@ -231,7 +231,7 @@ static enum step authenticate(struct conn *up, struct str body)
     if (kind == PG_AUTH_SASL && pg->host == H_ASKED) {
         bool plus = up->ssl && pg_offers(rest, SCRAM_PLUS);
         if (!plus && !pg_offers(rest, SCRAM))
-            return give_up(up, R_PG_UPSTREAM, "it does not offer SCRAM-SHA-256");
+            return give_up(up, R_LOGIN_UPSTREAM, "it does not offer SCRAM-SHA-256");
         begin_scram(up, plus);
         return STEP_AGAIN;
     }
@@ -239,15 +239,15 @@ static enum step authenticate(struct conn *up, struct str body)
         return take_challenge(up, rest);
     if (kind == PG_AUTH_SASL_FINAL && pg->host == H_FINAL) {
         if (!scram_client_trusts(pg->client, rest))
-            return give_up(up, R_PG_UPSTREAM, "it could not show that it knows the password");
+            return give_up(up, R_LOGIN_UPSTREAM, "it could not show that it knows the password");
         pg->host = H_KNOWN;
         return STEP_AGAIN;
     }
     if (kind == PG_AUTH_OK)
-        return give_up(up, R_PG_UPSTREAM, "it lets in without having asked for the password");
+        return give_up(up, R_LOGIN_UPSTREAM, "it lets in without having asked for the password");
     if (pg->host == H_ASKED)
         return answer_simply(up, kind, rest);
-    return give_up(up, R_PG_UPSTREAM, "it authenticates in an order that is none");
+    return give_up(up, R_LOGIN_UPSTREAM, "it authenticates in an order that is none");
 }
 
 /* An ErrorResponse of the host, over TLS verified for its name, is the guest's as it is. */

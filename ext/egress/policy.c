@@ -93,6 +93,7 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
         rule->key = read_text(&r);
         rule->placeholder = read_text(&r);
         read_transform(&r, rule);
+        s->greets |= rule->kind == RULE_MYSQL;
         rule->every_host = read_number(&r, 1) != 0;
         rule->ports = read_ports(&r);
         rule->n = (unsigned)read_number(&r, 2);
@@ -152,9 +153,14 @@ bool snapshot_allows_port(const struct snapshot *s, const struct host *h, uint16
 bool snapshot_covers(const struct snapshot *s, const struct host *h, uint16_t port)
 {
     for (unsigned i = 0; i < s->n; i++)
-        if (s->rules[i].kind != RULE_POSTGRES && rule_covers(&s->rules[i], h, port))
+        if (!rule_is_login(&s->rules[i]) && rule_covers(&s->rules[i], h, port))
             return true;
     return false;
+}
+
+bool rule_is_login(const struct rule *r)
+{
+    return r->kind == RULE_POSTGRES || r->kind == RULE_MYSQL;
 }
 
 static bool pins(struct str pinned, struct str given)
@@ -162,24 +168,26 @@ static bool pins(struct str pinned, struct str given)
     return pinned.n == given.n && memcmp(pinned.p, given.p, given.n) == 0;
 }
 
-const struct rule *snapshot_login(const struct snapshot *s, const struct host *h, uint16_t port, struct str role,
-                                  struct str database)
+const struct rule *snapshot_login(const struct snapshot *s, enum rule_kind kind, const struct host *h, uint16_t port,
+                                  struct str user, struct str database)
 {
     for (unsigned i = 0; i < s->n; i++) {
         const struct rule *r = &s->rules[i];
-        if (r->kind == RULE_POSTGRES && rule_covers(r, h, port) && pins(r->extra[PG_ROLE], role)
-            && (!r->extra[PG_DATABASE].n || pins(r->extra[PG_DATABASE], database)))
+        if (r->kind == kind && rule_covers(r, h, port) && pins(r->extra[LOGIN_USER], user)
+            && (!r->extra[LOGIN_DATABASE].n || pins(r->extra[LOGIN_DATABASE], database)))
             return r;
     }
     return NULL;
 }
 
-const struct pattern *snapshot_login_host(const struct snapshot *s, uint16_t port)
+const struct pattern *snapshot_login_host(const struct snapshot *s, enum rule_kind kind, uint16_t port,
+                                          const char *user)
 {
     const struct pattern *found = NULL;
     for (unsigned i = 0; i < s->n; i++) {
         const struct rule *r = &s->rules[i];
-        if (r->kind != RULE_POSTGRES || !has_port(r->ports, port))
+        struct str named = {user, user ? (uint32_t)strlen(user) : 0};
+        if (r->kind != kind || !has_port(r->ports, port) || (user && !pins(r->extra[LOGIN_USER], named)))
             continue;
         for (unsigned k = 0; k < r->n; k++) {
             if (r->patterns[k].wildcard || (found && !pins(found->host, r->patterns[k].host)))
@@ -192,10 +200,23 @@ const struct pattern *snapshot_login_host(const struct snapshot *s, uint16_t por
     return found;
 }
 
-bool snapshot_logs_in(const struct snapshot *s, const struct host *h, uint16_t port)
+bool snapshot_logs_in(const struct snapshot *s, enum rule_kind kind, const struct host *h, uint16_t port)
 {
     for (unsigned i = 0; i < s->n; i++)
-        if (s->rules[i].kind == RULE_POSTGRES && rule_covers(&s->rules[i], h, port))
+        if (s->rules[i].kind == kind && rule_covers(&s->rules[i], h, port))
+            return true;
+    return false;
+}
+
+bool snapshot_is_login(const struct snapshot *s, const struct host *h, uint16_t port)
+{
+    return snapshot_logs_in(s, RULE_POSTGRES, h, port) || snapshot_logs_in(s, RULE_MYSQL, h, port);
+}
+
+bool snapshot_greets(const struct snapshot *s, uint16_t port)
+{
+    for (unsigned i = 0; s->greets && i < s->n; i++)
+        if (s->rules[i].kind == RULE_MYSQL && has_port(s->rules[i].ports, port))
             return true;
     return false;
 }

@@ -36,16 +36,17 @@ enum rule_kind {
     RULE_BODY,     /* puts the value in the place of the placeholder in the body; extra: as JSON, as a form */
     RULE_MTLS,     /* the key of the certificate that the host is shown; extra: the certificates, see identity.c */
     RULE_SCRUB,    /* what the host may echo, and the placeholder instead; extra: texts, see echo.c */
-    RULE_POSTGRES, /* logs in to a server of Postgres with the password `value`; extra: enum postgres_extra */
+    RULE_POSTGRES, /* logs in to a server of Postgres with the password `value`; extra: enum login_extra */
+    RULE_MYSQL,    /* the same for MySQL */
     RULE_KINDS,
 };
 
-enum postgres_extra {
-    PG_ROLE,
-    PG_DATABASE, /* empty: any */
-    PG_VERIFIER, /* of the placeholder, see scram.h */
-    PG_METHOD,   /* the weakest way to authenticate that is accepted: scram, md5 or password */
-    PG_PLAIN,    /* "plain": the connection to the server is not encrypted */
+enum login_extra {
+    LOGIN_USER,
+    LOGIN_DATABASE, /* empty: any; MySQL has no other */
+    LOGIN_VERIFIER, /* Postgres: of the placeholder, see scram.h */
+    LOGIN_METHOD,   /* the weakest way to authenticate that is accepted, see pgup.c and myup.c */
+    LOGIN_PLAIN,    /* "plain": the connection to the server is not encrypted */
 };
 
 enum { MAX_EXTRA = 6 };
@@ -71,6 +72,7 @@ struct snapshot {
     const uint8_t *encoded; /* what it was read from */
     size_t encoded_n;
     enum unmatched unmatched;
+    bool greets;   /* it has rules for MySQL */
     bool web_only; /* HTTPS to tls_port and HTTP to 80 only, except where a rule names the port; TLS with a name only */
     uint16_t tls_port;
     unsigned n;
@@ -86,13 +88,17 @@ void snapshot_release(struct snapshot *s);
 bool snapshot_covers(const struct snapshot *s, const struct host *h, uint16_t port);
 bool snapshot_allows_port(const struct snapshot *s, const struct host *h, uint16_t port, bool tls, int64_t now_s);
 bool rule_covers(const struct rule *r, const struct host *h, uint16_t port);
-/* The rule for a login to Postgres; NULL: there is none. */
-const struct rule *snapshot_login(const struct snapshot *s, const struct host *h, uint16_t port, struct str role,
-                                  struct str database);
-/* The one host that logins at the port can be for; NULL: there is none, or several. */
-const struct pattern *snapshot_login_host(const struct snapshot *s, uint16_t port);
-bool snapshot_logs_in(const struct snapshot *s, const struct host *h, uint16_t port); /* as some role */
-bool rule_is_ready(const struct rule *r, int64_t now_s); /* it has a value that has not expired */
+/* Logins to databases: rules of RULE_POSTGRES or RULE_MYSQL. The rule for one; NULL: there is none. */
+const struct rule *snapshot_login(const struct snapshot *s, enum rule_kind kind, const struct host *h, uint16_t port,
+                                  struct str user, struct str database);
+/* The one host that logins at the port can be for, as the user unless that is NULL; NULL: there is none, or several. */
+const struct pattern *snapshot_login_host(const struct snapshot *s, enum rule_kind kind, uint16_t port,
+                                          const char *user);
+bool snapshot_logs_in(const struct snapshot *s, enum rule_kind kind, const struct host *h, uint16_t port);
+bool rule_is_login(const struct rule *r);
+bool snapshot_is_login(const struct snapshot *s, const struct host *h, uint16_t port); /* of any kind, as some user */
+bool snapshot_greets(const struct snapshot *s, uint16_t port); /* who connects there waits for the server to speak */
+bool rule_is_ready(const struct rule *r, int64_t now_s);       /* it has a value that has not expired */
 
 /* Tokens refilled with time; guarded by the owner's lock. A rate of 0 never refuses. */
 struct bucket {

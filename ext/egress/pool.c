@@ -440,6 +440,11 @@ void up_connected(struct conn *c)
         begin_http2(c);
         return;
     }
+    if (c->to.mysql) { /* it speaks first */
+        c->phase = P_MYSQL;
+        up_ready(c);
+        return;
+    }
     if (postgres_asks_for_tls(c)) {
         conn_timer(c, T_HANDSHAKE);
         postgres_ask_for_tls(c);
@@ -497,7 +502,7 @@ static void shake_hands(struct conn *c)
         begin_http2(c);
         return;
     }
-    c->phase = c->to.postgres ? P_POSTGRES : P_HTTP1;
+    c->phase = c->to.postgres ? P_POSTGRES : c->to.mysql ? P_MYSQL : P_HTTP1;
     up_ready(c);
 }
 
@@ -647,8 +652,8 @@ static bool may_go_on(struct conn *down)
     if (!s)
         return false;
     struct ruled now;
-    if (down->pg && down->phase == P_TUNNEL) {
-        good = postgres_may_go_on(down, s);
+    if ((down->pg || down->my) && down->phase == P_TUNNEL) {
+        good = down->pg ? postgres_may_go_on(down, s) : mysql_may_go_on(down, s);
         snapshot_release(s);
         up->generation = generation;
         return good;
@@ -656,7 +661,7 @@ static bool may_go_on(struct conn *down)
     look_at_access(s, &up->to, down->loop->now_s, &unread, &now);
     good = down->phase == P_TUNNEL
         ? unread || now.decision == D_ALLOWED
-        : unread && !snapshot_covers(s, &up->to.host, up->to.port) && !snapshot_logs_in(s, &up->to.host, up->to.port);
+        : unread && !snapshot_covers(s, &up->to.host, up->to.port) && !snapshot_is_login(s, &up->to.host, up->to.port);
     good = good && snapshot_allows_port(s, &up->to.host, up->to.port, up->to.tls, down->loop->now_s)
         && !(s->web_only && up->to.host.kind != HOST_NAME && down->phase != P_TUNNEL);
     snapshot_release(s);
@@ -725,6 +730,9 @@ void up_run(struct conn *c)
         break;
     case P_POSTGRES:
         postgres_host_run(c);
+        break;
+    case P_MYSQL:
+        mysql_host_run(c);
         break;
     case P_TUNNEL:
         tunnel_run(c);

@@ -2,7 +2,7 @@
 #ifndef HYPEMAN_EGRESS_POSTGRES_H
 #define HYPEMAN_EGRESS_POSTGRES_H
 
-#include "loop.h"
+#include "login.h"
 #include "pgwire.h"
 #include "scram.h"
 
@@ -24,7 +24,7 @@ struct postgres {
     bool asked_for_gss, cancels;
     uint32_t process, secret; /* which session it cancels */
     struct str startup;       /* for the host; allocated */
-    char role[PG_NAME_MAX], database[PG_NAME_MAX];
+    struct login login;
     struct scram_verifier verifier;
     struct scram_server guest;
     size_t heard; /* bytes of the host; what it says before the guest may speak is bounded by nothing else */
@@ -33,14 +33,8 @@ struct postgres {
     struct session session;
 };
 
-static inline struct out pg_scratch(const struct conn *c)
-{
-    return (struct out){c->loop->scratch, 0, SCRATCH, false};
-}
-
 /* pgdown.c */
 enum reason pg_decide(struct conn *c, uint64_t *generation); /* R_APPROVAL_PENDING, R_CREDENTIAL: not yet */
-enum reason pg_find_rule(struct conn *c, const struct snapshot *s, const struct rule **rule);
 void pg_list_session(struct conn *c);
 void pg_forget_client(struct postgres *pg);
 /* pgup.c */

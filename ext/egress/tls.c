@@ -105,6 +105,8 @@ static int choose_alpn(SSL *ssl, const unsigned char **out, unsigned char *n, co
     unsigned size = c->to.postgres ? sizeof POSTGRES - 1 : sizeof OURS - 1;
     unsigned char *chosen;
     (void)arg;
+    if (c->to.mysql)
+        return SSL_TLSEXT_ERR_NOACK; /* it has no name there */
     if (SSL_select_next_proto(&chosen, n, order, size, in, in_n) != OPENSSL_NPN_NEGOTIATED)
         return SSL_TLSEXT_ERR_ALERT_FATAL;
     *out = chosen;
@@ -252,7 +254,8 @@ bool tls_begin(struct conn *c, SSL *ssl, bool server)
     SSL_set_connect_state(c->ssl);
     static const char BOTH[] = "\2h2\10http/1.1", ONE[] = "\10http/1.1", POSTGRES[] = ALPN_POSTGRES;
     const char *alpn = c->to.postgres ? POSTGRES : c->want_h2 ? BOTH : ONE;
-    SSL_set_alpn_protos(c->ssl, (const unsigned char *)alpn, (unsigned)strlen(alpn));
+    if (!c->to.mysql)
+        SSL_set_alpn_protos(c->ssl, (const unsigned char *)alpn, (unsigned)strlen(alpn));
     SSL_set_hostflags(c->ssl, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS | X509_CHECK_FLAG_NEVER_CHECK_SUBJECT);
     if (c->to.host.kind == HOST_NAME)
         return SSL_set_tlsext_host_name(c->ssl, c->to.host.text) == 1 && SSL_set1_host(c->ssl, c->to.host.text) == 1;

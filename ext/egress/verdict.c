@@ -66,12 +66,16 @@ const struct reason_text REASONS[R_COUNT] = {
         {403, "tls_required",
          "connections to this port need TLS with a server name: connect by name with sslmode=require or stricter",
          NEXT_CHANGE},
-    [R_PG_ROLE] = {403, "role_denied", "no credential of this instance is for this role and database", NEXT_CHANGE},
-    [R_PG_PASSWORD] = {401, "placeholder_expected",
-                       "the password must be the placeholder of the credential, sent by SCRAM-SHA-256", NEXT_CHANGE},
-    [R_PG_UPSTREAM] = {502, "upstream_authentication",
-                       "the server does not authenticate as the rule demands, or does not know the password",
-                       NEXT_NEVER},
+    [R_MY_PROTOCOL] = {400, "mysql_protocol", "this is not the protocol of MySQL as it is expected here", NEXT_CHANGE},
+    [R_MY_HOST] = {403, "ambiguous_host",
+                   "credentials for several hosts at this port could be meant: connect with TLS and a server name",
+                   NEXT_CHANGE},
+    [R_LOGIN_USER] = {403, "role_denied", "no credential of this instance is for this user and database", NEXT_CHANGE},
+    [R_LOGIN_PASSWORD] = {401, "placeholder_expected", "the password must be the placeholder of the credential",
+                          NEXT_CHANGE},
+    [R_LOGIN_UPSTREAM] = {502, "upstream_authentication",
+                          "the server does not authenticate as the rule demands, or does not know the password",
+                          NEXT_NEVER},
     [R_NO_SITE] = {404, "no_site", "no ingress has a rule for the host, or there is no such instance", NEXT_NEVER},
     [R_NO_HEADER] = {401, "header_missing", "the header that the ingress requires is missing or wrong", NEXT_CHANGE},
     [R_NOT_RUNNING] = {503, "not_running", "the instance is not running", NEXT_LATER},
@@ -273,7 +277,7 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
     bool covered = false;
     for (unsigned i = 0; i < s->n; i++) {
         const struct rule *r = &s->rules[i];
-        bool covers = r->kind != RULE_POSTGRES && rule_covers(r, &to->host, to->port);
+        bool covers = !rule_is_login(r) && rule_covers(r, &to->host, to->port);
         covered |= covers;
         if (covers && to->tls && r->kind == RULE_SCRUB && out->scrubs < MAX_SCRUBS)
             out->scrub[out->scrubs++] = r;

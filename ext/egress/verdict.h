@@ -53,11 +53,13 @@ enum reason {
     R_OVERRIDE,
     R_NOT_APPROVED,
     R_APPROVAL_PENDING,
-    R_PG_PROTOCOL, /* this and the following: of Postgres */
+    R_PG_PROTOCOL, /* this and the following: of logins to databases */
     R_PG_TLS,
-    R_PG_ROLE,
-    R_PG_PASSWORD,
-    R_PG_UPSTREAM,
+    R_MY_PROTOCOL,
+    R_MY_HOST,
+    R_LOGIN_USER,
+    R_LOGIN_PASSWORD,
+    R_LOGIN_UPSTREAM,
     R_NO_SITE, /* this and the following: of ingresses */
     R_NO_HEADER,
     R_NOT_RUNNING,
@@ -85,6 +87,7 @@ struct destination {
     uint16_t port;
     bool tls;
     bool postgres; /* TLS begins after a question, and what is in it is the protocol of Postgres */
+    bool mysql;    /* the same, after a greeting of the host */
 };
 
 /* The connection that a request came by. */

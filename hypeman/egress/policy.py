@@ -34,6 +34,7 @@ MAX_SCRUBBED_NAME = 64
 """So that a response does not become many times as long."""
 HTTPS = 443
 POSTGRES = 5432
+MYSQL = 3306
 WEB_PORTS = frozenset((80, HTTPS))
 """Ports that are the data plane's for every instance with egress."""
 
@@ -108,17 +109,25 @@ def parse_hosts(rule: InjectRule) -> tuple[HostPattern, ...] | None:
 def parse_ports(rule: InjectRule, usual_port: int = HTTPS) -> tuple[int, ...]:
     """The TCP ports of a rule."""
     if rule.ports is None:
-        return (POSTGRES if rule.as_.postgres is not None else usual_port,)
+        return (POSTGRES if rule.as_.postgres is not None else MYSQL if rule.as_.mysql is not None else usual_port,)
     if not 0 < len(rule.ports) <= MAX_PORTS or any(not 0 < port < 65536 for port in rule.ports):
         raise InvalidRequest(f"ports must be 1 to {MAX_PORTS} numbers from 1 to 65535; leave it out to mean 443")
-    if rule.as_.postgres is not None and WEB_PORTS & set(rule.ports):
-        raise InvalidRequest("ports 80 and 443 are for HTTP; a rule as postgres needs another one")
+    if _is_login(rule) and WEB_PORTS & set(rule.ports):
+        raise InvalidRequest("ports 80 and 443 are for HTTP; a rule as postgres or mysql needs another one")
     return rule.ports
+
+
+def _is_login(rule: InjectRule) -> bool:
+    return rule.as_.postgres is not None or rule.as_.mysql is not None
+
+
+def logs_in_to_postgres(credentials: Mapping[str, CredentialPolicy]) -> bool:
+    return any(rule.as_.postgres is not None for policy in credentials.values() for rule in policy.inject)
 
 
 def redirected_ports(credentials: Mapping[str, CredentialPolicy]) -> tuple[int, ...]:
     """TCP ports beside 80 and 443 that the data plane serves for an instance with these credentials."""
-    rules = (rule for policy in credentials.values() for rule in policy.inject if rule.as_.postgres is not None)
+    rules = (rule for policy in credentials.values() for rule in policy.inject if _is_login(rule))
     return tuple(sorted({port for rule in rules for port in parse_ports(rule)}))
 
 
@@ -132,8 +141,8 @@ class _Rule:
         self.scrub = rule.scrub is True
         if self.scrub and self.form.kind is Kind.MTLS:
             raise InvalidRequest("mtls shows the host nothing that it could show the guest; leave out scrub")
-        if self.form.kind is Kind.POSTGRES and (self.scrub or rule.hosts is None):
-            raise InvalidRequest("a rule as postgres needs hosts, and cannot scrub")
+        if _is_login(rule) and (self.scrub or rule.hosts is None):
+            raise InvalidRequest(f"a rule as {self.form.name} needs hosts, and cannot scrub")
         if self.scrub and len(key) > MAX_SCRUBBED_NAME:
             raise InvalidRequest(f"a credential that is scrubbed has a name of at most {MAX_SCRUBBED_NAME} characters")
         self.hosts = parse_hosts(rule)
@@ -161,6 +170,16 @@ def _rules(credentials: Mapping[str, CredentialPolicy], usual_port: int) -> Iter
             raise InvalidRequest(f"credential {key!r} has no inject rule")
         for number, rule in enumerate(policy.inject):
             yield _Rule(key, number, rule, usual_port)
+
+
+def _check_ports_of_mysql(rules: Sequence[_Rule]) -> None:
+    """Servers of MySQL speak first, so nothing else can be told from it at the same port."""
+    ports = {port for rule in rules if rule.form.kind is Kind.MYSQL for port in rule.ports}
+    for rule in rules:
+        if rule.form.kind is not Kind.MYSQL and (shared := ports & set(rule.ports)):
+            raise InvalidRequest(
+                f"port {min(shared)} is for mysql; credential {rule.key!r} cannot use it in another form"
+            )
 
 
 def _most_for_one_host(rules: Sequence[_Rule]) -> int:
@@ -271,6 +290,7 @@ def compile_policy(
                 raise InvalidRequest(
                     f"credentials {other.key!r} and {rule.key!r} both set {rule.form.shown} of the same host"
                 )
+    _check_ports_of_mysql(rules)
     if (most := _most_for_one_host(rules)) > MAX_RULES_PER_HOST:
         raise InvalidRequest(f"{most} inject rules are for the same host, at most {MAX_RULES_PER_HOST} are allowed")
     compiled: list[tuple[_Rule, bytes]] = []

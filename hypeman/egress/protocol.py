@@ -27,10 +27,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-VERSION = 5
-SPOKEN = (2, 3, 4, 5)
+VERSION = 6
+SPOKEN = (2, 3, 4, 5, 6)
 """Versions of engines that a server can talk to. 2 has no ingresses; 2 and 3 refuse policies with client certificates
-or scrubbing, 4 those with Postgres."""
+or scrubbing, 4 those with Postgres, 5 those with MySQL."""
 SITES = 3
 """The first version that has ingresses."""
 ENDED = 4

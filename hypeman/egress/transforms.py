@@ -87,6 +87,7 @@ class Kind(enum.IntEnum):
     MTLS = 5
     SCRUB = 6
     POSTGRES = 7
+    MYSQL = 8
 
 
 class Compiled(NamedTuple):
@@ -407,6 +408,25 @@ def _postgres(shape: InjectAs, placeholder: str) -> Form:
     )
 
 
+# ── MySQL ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _mysql(shape: InjectAs) -> Form:
+    form = shape.mysql
+    assert form is not None
+    if form.tls == "off" and form.auth == "clear":
+        raise InvalidRequest("mysql: with tls off the password itself is never sent; choose auth sha2 or native")
+    extra = (form.user, "", "", form.auth, "plain" if form.tls == "off" else "")
+    most = MAX_VALUE if form.auth == "clear" else MAX_PASSWORD  # which may be a token
+
+    def render(value: str) -> Compiled:
+        if len(check_value(value)) > most:
+            raise InvalidRequest(f"a password for mysql has at most {most} characters")
+        return Compiled(Kind.MYSQL, "mysql", value, extra)
+
+    return Form(Kind.MYSQL, "mysql", f"mysql {form.user}", f"the password of {form.user!r}", render, extra=extra)
+
+
 class _AwsKeys(msgspec.Struct, frozen=True):
     """Output of a ``credential_process`` of the AWS CLI."""
 
@@ -471,5 +491,6 @@ _FORMS: Mapping[str, Callable[[InjectAs], Form]] = {
     "hmac": _hmac,
     "body": _body,
     "mtls": _mtls,
+    "mysql": _mysql,
 }
 _OTHERS = (*(name for name in _FORMS if name != "header"), "postgres")

@@ -185,6 +185,29 @@ class PostgresForm(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = "verify"
 
 
+class MysqlForm(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The guest logs in to MySQL or MariaDB with the placeholder as its password; the server gets the value."""
+
+    user: Annotated[
+        str,
+        Meta(
+            pattern=r"^[\x21-\x7e]([\x20-\x7e]{0,125}[\x21-\x7e])?$",
+            description="User that the password belongs to; logins as others are refused",
+        ),
+    ]
+    auth: Annotated[
+        Literal["sha2", "native", "clear"],
+        Meta(
+            description="The weakest way to authenticate that is accepted of the server: caching_sha2_password; "
+            "mysql_native_password as well; or the password itself as well (mysql_clear_password), over TLS only"
+        ),
+    ] = "native"
+    tls: Annotated[
+        Literal["verify", "off"],
+        Meta(description="verify: TLS with a certificate for the name; off: the connection to the server is in clear"),
+    ] = "verify"
+
+
 class OAuth2Form(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An access token, which the server obtains with the value and renews ahead of time."""
 
@@ -259,6 +282,7 @@ class InjectAs(Struct, frozen=True, kw_only=True, omit_defaults=True):
     body: BodyForm | None = None
     mtls: MtlsForm | None = None
     postgres: PostgresForm | None = None
+    mysql: MysqlForm | None = None
 
 
 class InjectRule(Struct, frozen=True, kw_only=True):
@@ -269,7 +293,11 @@ class InjectRule(Struct, frozen=True, kw_only=True):
     ports: (
         Annotated[
             tuple[Annotated[int, Meta(ge=1, le=65535)], ...],
-            Meta(min_length=1, max_length=16, description="TCP ports of the hosts; absent: 443, for postgres 5432"),
+            Meta(
+                min_length=1,
+                max_length=16,
+                description="TCP ports of the hosts; absent: 443, for postgres 5432, for mysql 3306",
+            ),
         ]
         | None
     ) = None
@@ -370,7 +398,7 @@ class EgressRecord(Struct, frozen=True, kw_only=True):
     bytes_up: int
     bytes_down: int
     ms: float
-    http: Annotated[int, Meta(description="Major version of HTTP that the guest used; 0: Postgres")]
+    http: Annotated[int, Meta(description="Major version of HTTP that the guest used; 0: a login to a database")]
     decision: Annotated[
         Ruling | UnsetType,
         Meta(description="Of the instance's rules, if it has any; observed: would be denied; held: not approved"),

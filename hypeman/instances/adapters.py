@@ -226,9 +226,11 @@ class EgressOfInstances:
     async def release(self, instance_id: str) -> None:
         await self._broker.remove(instance_id)
 
-    def guest_setup(self, lease: Lease) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
+    def guest_setup(self, record: InstanceRecord) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
         proxy = proxy_environment(self._egress.settings.address, self._egress.port)
-        trust = trust_environment(CA_BUNDLE_PATH, CA_CERT_PATH, postgres=bool(lease.reach.redirected))
+        trust = trust_environment(
+            CA_BUNDLE_PATH, CA_CERT_PATH, postgres=policy.logs_in_to_postgres(record.spec.credentials)
+        )
         return {**proxy, **trust}, (CaCertificate(pem=self._egress.ca_pem.decode()),)
 
     def _open(self, txn: Txn, instance_id: str) -> dict[str, str]:

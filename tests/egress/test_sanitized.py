@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "ext" / "egress"
 SUITE = ("test_hostile.py", "test_http1.py", "test_http2.py", "test_connect.py", "test_tls.py", "test_scrub.py",
-         "test_mtls.py", "test_postgres.py", "test_transforms.py", "test_access.py",
+         "test_mtls.py", "test_postgres.py", "test_mysql.py", "test_transforms.py", "test_access.py",
          "test_sigv4.py::test_body_is_hashed", "test_sigv4.py::test_http2_body_is_hashed",
          "test_sigv4.py::test_refused",
          "../ingress/test_proxy.py", "../ingress/test_tls.py", "../ingress/test_grpc.py",

@@ -16,10 +16,10 @@ SOURCES = Path(__file__).parents[2] / "ext" / "egress"
 
 ROWS = (
     "h1 query hello host addr bound site access policy verdict identity scrub sigv4 transform forward probe mint certs "
-    "chain confine pgwire scram",
+    "chain confine pgwire scram mywire scramble",
     "io",
     "tls",
-    "accept front down1 down2 up1 up2 h2 pool xchg echo splice audit pgdown pgup",
+    "accept front down1 down2 up1 up2 h2 pool xchg echo splice audit login pgdown pgup mydown myup",
     "loop",
     "engine",
 )

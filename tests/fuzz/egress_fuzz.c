@@ -1,6 +1,6 @@
 /* Fuzz target for everything of the egress path that reads bytes of guests or hosts: heads, trailers, chunks, the
  * ClientHello, hosts and authorities, what is made of a request's head, header blocks of HTTP/2; the snapshots that our
- * own program writes; messages of Postgres and of SCRAM; the same for what clients send by ingresses, and what the
+ * own program writes; messages of Postgres, SCRAM and MySQL; the same for what clients send by ingresses, and what the
  * control protocol brings for these. The first byte of the input selects the parser.
  *
  *   clang -g -O1 -fsanitize=fuzzer,address,undefined -D_GNU_SOURCE -Iext/egress tests/fuzz/egress_fuzz.c ext/egress/[!.]*.c \
@@ -20,6 +20,7 @@
 #include "certs.h"
 #include "h2.h"
 #include "hello.h"
+#include "mywire.h"
 #include "pgwire.h"
 #include "probe.h"
 #include "scram.h"
@@ -568,13 +569,74 @@ static void scram(const char *p, size_t n)
     }
 }
 
+static bool same(struct str a, struct str b)
+{
+    return a.n == b.n && memcmp(a.p, b.p, a.n) == 0;
+}
+
+/* Each packet as everything that it can be. What goes on to a guest or a server reads as the same. */
+static void mysql(const char *p, size_t n)
+{
+    static char out[2 * MY_LOGIN_MAX];
+    struct my_packet m, again;
+    for (size_t at = 0; my_read_packet(p + at, n - at, MY_LOGIN_MAX, &m) == MY_OK; at += m.size) {
+        struct my_greeting g, h;
+        struct my_login l, k;
+        struct str a, b;
+        unsigned code;
+        within(m.body, p + at, n - at);
+        MUST(m.size >= MY_HEADER && m.size <= n - at && m.body.n == m.size - MY_HEADER);
+        for (size_t cut = 0; cut < m.size && m.size < 300; cut++)
+            MUST(my_read_packet(p + at, cut, MY_LOGIN_MAX, &again) == MY_MORE);
+        if (my_read_greeting(m.body, &g)) {
+            struct out o = {out, 0, sizeof out, false};
+            within(g.version, m.body.p, m.body.n);
+            within(g.plugin, m.body.p, m.body.n);
+            MUST(g.version.n < MY_VERSION_MAX && g.plugin.n < MY_PLUGIN_MAX);
+            my_write_greeting(&o, &g);
+            MUST(!o.over && my_read_packet(out, o.n, MY_PACKET_MAX, &again) == MY_OK && again.size == o.n);
+            MUST(my_read_greeting(again.body, &h) && same(g.version, h.version) && same(g.plugin, h.plugin)
+                 && g.thread == h.thread && g.capabilities == h.capabilities && g.further == h.further
+                 && memcmp(g.scramble, h.scramble, MY_SCRAMBLE) == 0);
+        }
+        if (my_read_login(m.body, &l)) {
+            struct out o = {out, 0, sizeof out, false};
+            within(l.user, m.body.p, m.body.n);
+            within(l.answer, m.body.p, m.body.n);
+            within(l.database, m.body.p, m.body.n);
+            within(l.plugin, m.body.p, m.body.n);
+            within(l.attributes, m.body.p, m.body.n);
+            MUST(l.user.n < MY_NAME_MAX && l.plugin.n < MY_PLUGIN_MAX && l.wants_tls == (m.body.n == MY_SSL_REQUEST));
+            l.capabilities = (l.capabilities & ~MY_LONG_ANSWER) | MY_SECURE;
+            if (l.answer.n > 255)
+                l.answer.n = 255;
+            if (l.wants_tls)
+                l.capabilities |= MY_SSL;
+            my_write_login(&o, 1, &l);
+            MUST(!o.over && my_read_packet(out, o.n, sizeof out, &again) == MY_OK && again.size == o.n);
+            MUST(my_read_login(again.body, &k) && k.wants_tls == l.wants_tls && k.capabilities == l.capabilities
+                 && k.further == l.further && same(k.user, l.user) && same(k.answer, l.answer)
+                 && same(k.database, l.database) && same(k.plugin, l.plugin) && same(k.attributes, l.attributes));
+        }
+        if (my_read_switch(m.body, &a, &b)) {
+            within(a, m.body.p, m.body.n);
+            within(b, m.body.p, m.body.n);
+            MUST(a.n && a.n < MY_PLUGIN_MAX && my_kind(m.body) == MY_KIND_SWITCH);
+        }
+        if (my_read_error(m.body, &code, &a)) {
+            within(a, m.body.p, m.body.n);
+            MUST((a.n == 0 || a.n == 5) && code <= 0xffff && my_kind(m.body) == MY_KIND_ERROR);
+        }
+    }
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
     if (n < 1)
         return 0;
     const char *p = (const char *)data + 1;
     n--;
-    switch (data[0] % 17) {
+    switch (data[0] % 18) {
     case 0:
         head(h1_parse_request, p, n);
         break;
@@ -622,6 +684,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
         break;
     case 16:
         scram(p, n);
+        break;
+    case 17:
+        mysql(p, n);
         break;
     default:
         block((const uint8_t *)p, n);

@@ -287,7 +287,7 @@ class FakeEgress:
     async def release(self, instance_id: str) -> None:
         await self.policies.remove(instance_id)
 
-    def guest_setup(self, lease: Lease) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
+    def guest_setup(self, record: InstanceRecord) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
         return {"HTTPS_PROXY": "http://10.0.0.1:1"}, ()
 
     def check(self, spec: InstanceSpec, values: Mapping[str, str]) -> None:

@@ -29,7 +29,7 @@ class NetworkNeeds(Protocol):
 class EgressNeeds(Protocol):
     async def enforce(self, record: InstanceRecord, lease: Lease) -> None: ...
     async def release(self, instance_id: str) -> None: ...
-    def guest_setup(self, lease: Lease) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
+    def guest_setup(self, record: InstanceRecord) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
         """Environment and CA certificates for a guest with mediated egress."""
         ...
 
@@ -84,4 +84,4 @@ class Network:
     def egress_setup(self, record: InstanceRecord) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
         """Environment and CA certificates; none unless the instance's egress is mediated."""
         lease = self._context.lease(record.id)
-        return self._egress.guest_setup(lease) if record.spec.egress and lease is not None else ({}, ())
+        return self._egress.guest_setup(record) if record.spec.egress and lease is not None else ({}, ())

@@ -22,7 +22,7 @@ const passed = (one: EgressRecord) => one.reason === "ok";
 function formOf(form: InjectAs): string {
   if (form.header) return `header ${form.header}`;
   const [name] = Object.entries(form).find(([, value]) => value) ?? ["?"];
-  return { basic: "Basic authentication", query: `query parameter ${form.query}`, sigv4: "AWS signature", oauth2: "OAuth 2.0 token", hmac: "signature", body: "body", mtls: "client certificate" }[name] ?? name;
+  return { basic: "Basic authentication", query: `query parameter ${form.query}`, sigv4: "AWS signature", oauth2: "OAuth 2.0 token", hmac: "signature", body: "body", mtls: "client certificate", postgres: "login to Postgres", mysql: "login to MySQL" }[name] ?? name;
 }
 
 /** Puts a rule for one host before the others; returns the new policy, or undefined if the user cancelled. */
