@@ -128,6 +128,7 @@ class Worker:
         self._failures = 0
         self._image_failures = 0
         self._retry_image_at = 0.0
+        self._image_problem = ""
         self._requested = False
         self._image_id = ""
         self._probing: Probing | None = None
@@ -389,7 +390,8 @@ class Worker:
     async def _have_image(self, pod: Pod, spec: PodSpec) -> bool:
         """Whether the image is ready; requests it if not. Raises ImageProblem, ApiError, LocalError."""
         if trio.current_time() < self._retry_image_at:
-            raise materials.ImageProblem("ImagePullBackOff", f'Back-off pulling image "{spec.container.image}"')
+            why = f'Back-off pulling image "{spec.container.image}": {self._image_problem}'
+            raise materials.ImageProblem("ImagePullBackOff", why)
         name, policy = spec.container.image, spec.container.image_pull_policy
         image = await materials.find_image(self._site.local, name)
         if policy == "Never" and not materials.is_ready(image):
@@ -420,6 +422,7 @@ class Worker:
         if left > 0:
             return left
         self._events.warn(pod, "Failed", f'Failed to pull image "{spec.container.image}": {problem}')
+        self._image_problem = f"{problem.reason}: {problem}"
         self._requested = False
         pause = min(IMAGE_PAUSE * 2.0 ** min(self._image_failures, 8), MAX_PAUSE)
         self._image_failures += 1

@@ -292,6 +292,8 @@ async def test_an_image_that_cannot_be_pulled_and_then_can(world: World, autojum
     async with world.running():
         await world.until(lambda: world.has_event("Failed", "no such image"))
         await world.until(lambda: world.waits_for(path) == "ImagePullBackOff")
+        message = world.container(path)["state"]["waiting"]["message"]
+        assert message == 'Back-off pulling image "nginx:alpine": ErrImagePull: no such image'
         world.host.broken_images.clear()
         await world.until(lambda: world.phase(path) == "Running")
         assert {str(pull["credentials"]) for pull in world.host.pulls} == {str({"username": "me", "password": "pw"})}
