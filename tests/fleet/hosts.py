@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.fleet.control import PATIENCE, SERVER, ControlPlane, Program, eventually
+from tests.fleet.control import ADDRESS, PATIENCE, SERVER, ControlPlane, Program, eventually
 from tests.real import kind
 from tests.real.appliance import IMAGE, ROOT, Namespace, busybox_archive
 
@@ -60,6 +60,7 @@ class Host:
         self.environ = {
             "DATA_DIR": str(self.directory / "data"), "RUN_DIR": str(self.socket.parent), "PORT": "0",
             "METRICS__ENABLED": "false", "OVERSUBSCRIPTION__CPU": "64", "LOG__FORMAT": "text", "LOG__LEVEL": "info",
+            "IMAGES__INSECURE_REGISTRIES": f'["{ADDRESS}:5000"]',
             "NETWORK__SUBNET_CIDR": f"10.{100 + number}.0.0/16",
             "NODE__NAME": self.name, "NODE__ADDRESS": self.address, "NODE__STATE_DIR": str(self.directory / "node"),
             "NODE__KUBECONFIG": str(self.directory / "kubeconfig"),

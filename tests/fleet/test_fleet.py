@@ -150,6 +150,17 @@ def test_a_deployment_is_spread_over_hosts(fleet: Fleet) -> None:
             assert instance["network"]["ip"] in wide
 
 
+def test_a_deployment_of_six_is_on_three_hosts(fleet: Fleet) -> None:
+    """Two on each, also on the one whose VMs are real."""
+    with fleet.namespace() as namespace:
+        fleet.control.apply(deployment("web", namespace, 6, topologySpreadConstraints=SPREAD))
+        pods = fleet.wait_running(namespace, 6)
+        assert places(pods) == {host.name: 2 for host in fleet.hosts}
+        wide = fleet.control.kubectl("get", "pods", "-n", namespace, "-o", "wide").splitlines()[1:]
+        shown = {(line.split()[6], line.split()[5]) for line in wide}
+        assert shown == {(each["spec"]["nodeName"], each["status"]["podIP"]) for each in pods}
+
+
 def test_more_than_a_host_has_stays_pending(fleet: Fleet) -> None:
     """The scheduler counts with the node's figures, the VMM's share included."""
     host = fleet.fakes[0]
@@ -382,11 +393,14 @@ def test_a_node_program_that_is_replaced_changes_nothing(fleet: Fleet) -> None:
 
 
 def test_pods_keep_running_without_an_api_server(fleet: Fleet) -> None:
-    """Longer than the nodes' grace, shorter than the pods' toleration: the cluster comes back to what it had."""
+    """Longer than the nodes' grace, shorter than the pods' toleration: the cluster comes back to what it had. It no
+    longer knows what changed after the versions that the nodes have seen (410), and they list again."""
     with fleet.namespace() as namespace:
         fleet.control.apply(deployment("web", namespace, 3, affinity=without_real(), tolerations=gone_after(300)))
         before = fleet.wait_running(namespace, 3)
         ids = {each["id"] for host in fleet.fakes for each in in_namespace(host, namespace)}
+        seen = json.loads(fleet.control.kubectl("get", "--raw", "/api/v1/pods"))["metadata"]["resourceVersion"]
+        time.sleep(GRACE_SECONDS)  # heartbeats are further versions
         fleet.control.apiserver.end(kill=True)
         time.sleep(60)
         assert {
@@ -397,6 +411,8 @@ def test_pods_keep_running_without_an_api_server(fleet: Fleet) -> None:
             fleet.wait_ready(host)
         after = fleet.wait_running(namespace, 3)
         assert {each["metadata"]["uid"] for each in after} == {each["metadata"]["uid"] for each in before}
+        watch = f"/api/v1/pods?watch=1&resourceVersion={seen}&timeoutSeconds=1"
+        assert '"code":410' in fleet.control.kubectl("get", "--raw", watch)
         fleet.control.kubectl("scale", "deployment", "web", "-n", namespace, "--replicas=5")
         fleet.wait_running(namespace, 5)
 

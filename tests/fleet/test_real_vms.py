@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.fleet import registry
 from tests.fleet.control import eventually
 from tests.fleet.fleet import Fleet, in_namespace, pod
 from tests.real.appliance import IMAGE
@@ -107,6 +108,31 @@ def test_a_program_that_ends_has_a_previous_log(fleet: Fleet) -> None:
         before = fleet.control.kubectl("logs", "again", "-n", namespace, "--previous")
         assert [len(text.splitlines()) for text in (now, before)] == [1, 1]
         assert now.startswith("run ") and before.startswith("run ") and now != before
+
+
+def test_an_image_of_a_private_registry(fleet: Fleet) -> None:
+    """Refused with the reason while the Secret is wrong; pulled and run once it is right; nothing is left then."""
+    host = fleet.host("host3")
+    with registry.registry(fleet.control), fleet.namespace() as namespace:
+        private = {"image": registry.IMAGE, "imagePullPolicy": "Always"}
+        fleet.control.apply(
+            registry.login("login", namespace, password="guessed"),
+            pod("private", namespace, node=host.name, container=private, imagePullSecrets=[{"name": "login"}]),
+        )
+
+        def waits() -> str:
+            [status] = fleet.control.get("pod", "private", "-n", namespace)["status"]["containerStatuses"]
+            return f"{status['state']['waiting']['reason']}: {status['state']['waiting']['message']}"
+
+        eventually(lambda: waits().startswith(("ErrImagePull", "ImagePullBackOff")), "the pull is refused", host.node)
+        assert "login" in waits() and "guessed" not in waits(), waits()
+        fleet.control.apply(registry.login("login", namespace))
+        fleet.wait_running(namespace, 1)
+        done = fleet.control.try_kubectl("exec", "private", "-n", namespace, "--", "sh", "-c", "echo here; exit 4")
+        assert (done.stdout, done.returncode) == ("here\n", 4), done
+        fleet.control.kubectl("delete", "pod", "private", "-n", namespace)
+        assert not in_namespace(host, namespace)
+        assert "guessed" not in host.server.log.read_text() + host.node.log.read_text()
 
 
 def test_port_forward(fleet: Fleet, namespace: str) -> None:
