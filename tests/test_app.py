@@ -42,5 +42,5 @@ def test_the_server_with_fake_vmms_replaces_parts_that_exist(tmp_path: Path) -> 
     )
     environ = {**os.environ, "FAKE_DEVICES": str(tmp_path), "FAKE_LOAD": "yes", "DATA_DIR": f"{tmp_path}/data"}
     argv = [sys.executable, "-c", program]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=environ, check=False)
-    assert done.stdout == "served\n", done.stderr
+    result = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=environ, check=False)
+    assert result.stdout == "served\n", result.stderr

@@ -125,8 +125,8 @@ class Systemd:
 
     def _why(self, version: str) -> str:
         try:
-            said = run(["hypeman", "-o", "json", "capabilities"], timeout=60)
-            found = msgspec.json.decode(said)["server"]["version"]
+            output = run(["hypeman", "-o", "json", "capabilities"], timeout=60)
+            found = msgspec.json.decode(output)["server"]["version"]
         except (HypemanError, msgspec.DecodeError, KeyError, TypeError) as error:
             return f"its server does not answer: {error}"
         return "" if found == version else f"the server that answers is {found}, not {version}"

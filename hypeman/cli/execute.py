@@ -315,17 +315,17 @@ class Exec:
         message = self._socket.receive()
         if not isinstance(message, str):
             raise Unreachable("the connection ended before the program was resumed")
-        said: Any = msgspec.json.decode(message)
-        if "input" not in said:
-            raise _Gone(f"the program cannot be resumed: {said.get('error', message)}")
-        self._forget_input(said["input"])
-        self._received = said.get("output", self._received)
-        self.tty = said.get("tty", self.tty)
-        if said["input_ended"]:
+        reply: Any = msgspec.json.decode(message)
+        if "input" not in reply:
+            raise _Gone(f"the program cannot be resumed: {reply.get('error', message)}")
+        self._forget_input(reply["input"])
+        self._received = reply.get("output", self._received)
+        self.tty = reply.get("tty", self.tty)
+        if reply["input_ended"]:
             self._stdin = None
         self._acknowledged = self._received
         self._outgoing = bytearray(self._socket.encode(bytes(self._unread)) if self._unread else b"")
-        if self._stdin_ended and not said["input_ended"]:
+        if self._stdin_ended and not reply["input_ended"]:
             self._outgoing += self._socket.encode(b"")
         self._resize()
 
@@ -426,13 +426,13 @@ class Exec:
     def _take_text(self, message: str) -> int | None:
         """The exit code, if that is what it says."""
         try:
-            said = msgspec.json.decode(message, type=dict[str, Any])
+            reply = msgspec.json.decode(message, type=dict[str, Any])
         except msgspec.DecodeError:
             return _exit_code_in(message)
-        if "session" in said and self._may_be_kept:
-            self._session = str(said["session"])
-        elif "input" in said:
-            self._forget_input(int(said["input"]))
+        if "session" in reply and self._may_be_kept:
+            self._session = str(reply["session"])
+        elif "input" in reply:
+            self._forget_input(int(reply["input"]))
         else:
             return _exit_code_in(message)
         return None
@@ -450,7 +450,7 @@ def _exit_code_in(message: str) -> int:
     try:
         last: Any = msgspec.json.decode(message)
     except msgspec.DecodeError:
-        raise Unreachable(f"the server said what is no part of an exec: {message!r}") from None
+        raise Unreachable(f"the server sent what is not part of an exec: {message!r}") from None
     if isinstance(last, dict) and isinstance(last.get("exitCode"), int):
         if last.get("error"):
             complain(str(last["error"]))

@@ -123,7 +123,7 @@ def docker_filter(text: str) -> str:
     key, equals, value = text.partition("=")
     match key:
         case "status":
-            states = {"exited": "Stopped", "dead": "Unknown", **{one.lower(): one for one in STATES}}
+            states = {"exited": "Stopped", "dead": "Unknown", **{state.lower(): state for state in STATES}}
             return f"state={states.get(value.lower(), value)}"
         case "label":
             name, _, wanted = value.partition("=")

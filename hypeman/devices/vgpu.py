@@ -26,9 +26,9 @@ def profile_name(name: str) -> str:
 
 def parse_framebuffer(name: str, description: str = "") -> int:
     """MiB: what the driver says, else what NVIDIA's names say ("L40S-2Q": 2 GiB, "M10-0B": 512 MiB); 0 unknown."""
-    said = _FRAMEBUFFER.search(description)
-    if said:
-        return int(said[1])
+    found = _FRAMEBUFFER.search(description)
+    if found:
+        return int(found[1])
     named = _SIZE_IN_NAME.search(name)
     return (int(named[1]) * 1024 or 512) if named else 0
 

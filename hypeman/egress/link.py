@@ -460,7 +460,7 @@ async def start_engine(
         except EngineLost as error:
             await link.kill()
             last = os.pread(errors, 4000, max(before, os.fstat(errors).st_size - 4000)).decode(errors="replace").strip()
-            why = last.splitlines()[-1] if last else str(error) or "it said nothing"
+            why = last.splitlines()[-1] if last else str(error) or "it printed nothing"
             raise EngineFailed(f"the engine cannot be started: it ended with code {link.code}: {why}") from None
         except BaseException as error:
             await link.kill()

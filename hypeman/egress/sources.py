@@ -119,15 +119,15 @@ class Source:
             raise Unavailable(f"source {self.name}: the output of {argv[0]} cannot be used: {error}") from None
 
 
-def read_output(said: bytes) -> Value:
+def read_output(output: bytes) -> Value:
     """The value that a program wrote. Raises ValueError, never containing it."""
     try:
-        found = msgspec.json.decode(said, type=dict[str, object])
+        found = msgspec.json.decode(output, type=dict[str, object])
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         raise ValueError("it is not a JSON object") from None
     text = found.get("value")
     if text is None and "AccessKeyId" in found and "SecretAccessKey" in found:
-        text = said.decode()
+        text = output.decode()
     if not isinstance(text, str) or not text:
         raise ValueError("it has no value")
     until = found.get("expires_at", found.get("Expiration"))

@@ -143,7 +143,7 @@ def _append(log: Path, mark: Mark, last: Mark | None) -> None:
         if last is not None and last.offset > mark.offset:  # the log was emptied: its marks are of what is gone
             end = 0
         if end >= MAX_MARKS * _MARK.size:
-            content = b"".join(each.packed() for each in Times.parse(file.read()).thinned().marks)
+            content = b"".join(mark.packed() for mark in Times.parse(file.read()).thinned().marks)
             os.pwrite(file.fileno(), content, 0)
             end = len(content)
         os.pwrite(file.fileno(), mark.packed(), end)

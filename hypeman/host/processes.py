@@ -282,16 +282,16 @@ class Processes:
                 _kill_group(process.pid)
                 with trio.CancelScope(shield=True):
                     await process.wait()
-        said = bytes(errors[-2000:]).decode(errors="replace").strip()
+        message = bytes(errors[-2000:]).decode(errors="replace").strip()
         if overflow:
             raise ToolFailed(f"{argv[0]} wrote more than {max_output} bytes")
         if limit.cancelled_caught:
-            raise ToolFailed(f"{argv[0]} did not end within {timeout:g} s{': ' + said if said else ''}")
+            raise ToolFailed(f"{argv[0]} did not end within {timeout:g} s{': ' + message if message else ''}")
         if patience.cancelled_caught:
-            raise ToolFailed(f"{argv[0]} printed nothing for {quiet_limit:g} s{': ' + said if said else ''}")
+            raise ToolFailed(f"{argv[0]} printed nothing for {quiet_limit:g} s{': ' + message if message else ''}")
         if process.returncode != 0:
             raise ToolFailed(
-                f"{argv[0]} failed ({_describe(process.returncode)}){': ' + said if said else ''}",
+                f"{argv[0]} failed ({_describe(process.returncode)}){': ' + message if message else ''}",
                 returncode=process.returncode,
                 output=bytes(output),
             )
@@ -363,12 +363,12 @@ def _launch(program: Program, output: int, log: int) -> int:
                 raise OSError(ctypes.get_errno(), "making a PID namespace (CAP_SYS_ADMIN is missing)")
             child = _popen([str(LAUNCHER), *options, *_launcher_options(program), "--", *program.argv],
                            program, output, log, tuple(fds))  # fmt: skip
-        said = b""
-        while len(said) < _MAX_REPORT and (more := os.read(reading, _MAX_REPORT)):
-            said += more
-    if said:  # it has ended
+        report = b""
+        while len(report) < _MAX_REPORT and (more := os.read(reading, _MAX_REPORT)):
+            report += more
+    if report:  # it has ended
         os.waitid(os.P_PID, child, os.WEXITED)
-        raise OSError(errno.EIO, said.decode(errors="replace"))
+        raise OSError(errno.EIO, report.decode(errors="replace"))
     return child
 
 

@@ -53,16 +53,16 @@ def _tar(
     argv: Sequence[str], *, stdin: int | None = None, stdout: int | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A tar that must end well; it is ended where the block fails. Raises HostError with what it said."""
-    with tempfile.TemporaryFile() as said:
-        with subprocess.Popen(argv, env=_ENVIRONMENT, stdin=stdin, stdout=stdout, stderr=said) as tar:
+    with tempfile.TemporaryFile() as errors:
+        with subprocess.Popen(argv, env=_ENVIRONMENT, stdin=stdin, stdout=stdout, stderr=errors) as tar:
             try:
                 yield tar
             except BaseException:
                 tar.kill()
                 raise
         if tar.returncode:
-            said.seek(0)
-            raise HostError(f"tar: {said.read(2000).decode(errors='replace').strip() or tar.returncode}")
+            errors.seek(0)
+            raise HostError(f"tar: {errors.read(2000).decode(errors='replace').strip() or tar.returncode}")
 
 
 def _private(path: str, flags: int) -> int:

@@ -272,7 +272,7 @@ class Pushes:
 
     async def _send(self, row: PushRow, login: Login, running: _Running, manifests: Sequence[_Sent]) -> None:
         """The last of ``manifests`` gets the tag, the others go before it."""
-        layers = [layer for each in manifests for layer in each.layers]
+        layers = [layer for manifest in manifests for layer in manifest.layers]
         size = sum(layer.size for layer in layers)
         await self._change(row.push.id, status=PushStatus.PUSHING, layers=len(layers), bytes=size)
         upload = _Upload(self._client, self._blobs, parse_reference(row.push.target), login, row.insecure, running)

@@ -47,10 +47,10 @@ def check_closed(bundle: Path) -> None:
     wrong = []
     for path in objects:
         argv = [loader, "--inhibit-cache", "--library-path", folder, "--list", path]
-        done = subprocess.run(argv, env={"LD_WARN": "yes"}, capture_output=True, text=True, check=False)
-        outside = [found for found in re.findall(r"=> (/\S+)", done.stdout) if not Path(found).is_relative_to(folder)]
-        if done.returncode != 0 or done.stderr or outside:
-            wrong.append(f"{path.relative_to(bundle.resolve())}: {outside or done.stderr.strip()}")
+        result = subprocess.run(argv, env={"LD_WARN": "yes"}, capture_output=True, text=True, check=False)
+        outside = [found for found in re.findall(r"=> (/\S+)", result.stdout) if not Path(found).is_relative_to(folder)]
+        if result.returncode != 0 or result.stderr or outside:
+            wrong.append(f"{path.relative_to(bundle.resolve())}: {outside or result.stderr.strip()}")
     if wrong:
         raise SystemExit("check_bundle: not all that is wanted is in the bundle:\n" + "\n".join(wrong))
     print(f"  {len(objects)} objects find their libraries in the bundle")
@@ -66,17 +66,17 @@ def run_alone(bundle: Path, *words: str, **variables: str) -> subprocess.Complet
 
 
 def check_command(bundle: Path) -> None:
-    done = run_alone(bundle, "--version")
-    if done.returncode != 0:
-        raise SystemExit(f"check_bundle: hypeman --version failed:\n{done.stdout}{done.stderr}")
-    print(f"  {done.stdout.strip()}, in an empty root")
+    result = run_alone(bundle, "--version")
+    if result.returncode != 0:
+        raise SystemExit(f"check_bundle: hypeman --version failed:\n{result.stdout}{result.stderr}")
+    print(f"  {result.stdout.strip()}, in an empty root")
 
 
 def check_doctor(bundle: Path) -> None:
     """Its findings, whatever they are: a module that is missing in the bundle shows only when it is imported."""
-    done = run_alone(bundle, "--format", "json", "doctor", HYPERVISOR__ACCELERATOR="tcg")
-    if done.returncode not in (0, 1) or not done.stdout.startswith("["):
-        raise SystemExit(f"check_bundle: hypeman doctor failed:\n{done.stdout}{done.stderr}")
+    result = run_alone(bundle, "--format", "json", "doctor", HYPERVISOR__ACCELERATOR="tcg")
+    if result.returncode not in (0, 1) or not result.stdout.startswith("["):
+        raise SystemExit(f"check_bundle: hypeman doctor failed:\n{result.stdout}{result.stderr}")
 
 
 def foreign_code(pid: int, bundle: Path) -> list[str]:

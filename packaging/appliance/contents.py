@@ -114,11 +114,11 @@ def debian_package(package: str) -> Component:
 def ui_components(folder: Path) -> list[Component]:
     """The npm packages in the web UI, as its build listed them."""
     found = []
-    for one in json.loads((folder / "dist" / "packages.json").read_text()):
-        name, version = one["name"], one["version"]
+    for package in json.loads((folder / "dist" / "packages.json").read_text()):
+        name, version = package["name"], package["version"]
         texts = tuple(sorted((folder / "node_modules" / name).glob("LICEN[CS]E*")))
         purl = f"pkg:npm/{name.replace('@', '%40')}@{version}"
-        found.append(Component(name.replace("/", "-").lstrip("@"), version, purl, one["license"], texts))
+        found.append(Component(name.replace("/", "-").lstrip("@"), version, purl, package["license"], texts))
     return found
 
 

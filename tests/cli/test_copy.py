@@ -128,8 +128,8 @@ def test_a_tar_in(shell: Any, server: Any) -> None:
         "/srv/b/c": b"abc",
     }
     for evil in ("../x", "/etc/passwd"):
-        done = shell("cp", "-", "web:/srv", input=tar_of(evil))
-        assert (done.returncode, b"leads out" in done.stderr) == (1, True)
+        result = shell("cp", "-", "web:/srv", input=tar_of(evil))
+        assert (result.returncode, b"leads out" in result.stderr) == (1, True)
     assert shell("cp", "-", "web:/srv", input=b"no tar at all").returncode == 1
 
 
@@ -151,8 +151,8 @@ def test_hard_links_in_a_tar(shell: Any, server: Any) -> None:
     request, _ = server.world.instances.files["/srv/second"]
     assert (request.direction, request.link_target) == ("hardlink", "/srv/a/first")
     for evil in ("../first", "/etc/shadow"):
-        done = shell("cp", "-", "web:/srv", input=tar_of(evil))
-        assert (done.returncode, b"leads out" in done.stderr) == (1, True)
+        result = shell("cp", "-", "web:/srv", input=tar_of(evil))
+        assert (result.returncode, b"leads out" in result.stderr) == (1, True)
 
 
 def test_hard_links_in_a_tree(cli: Any, server: Any, tmp_path: Path) -> None:

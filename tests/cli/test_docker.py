@@ -161,7 +161,7 @@ def test_filters_as_docker_spells_them(cli: Any, server: Any) -> None:
 def test_several_at_once(cli: Any, server: Any) -> None:
     for name in ("web", "db"):
         server.world.instances.add(name)
-    assert [one["name"] for one in json.loads(cli("inspect", "web", "db").stdout)] == ["web", "db"]
+    assert [instance["name"] for instance in json.loads(cli("inspect", "web", "db").stdout)] == ["web", "db"]
     assert cli("stop", "-t", "3", "web", "db").stdout.splitlines() == ["web is Stopped", "db is Stopped"]
     assert [request.grace for what, request in server.world.instances.asked if what == "stop"] == ["3s", "3s"]
     assert cli("start", "web", "db").stdout.splitlines() == ["web is Running", "db is Running"]
@@ -173,7 +173,7 @@ def test_what_is_missing_does_not_hide_what_is_there(cli: Any, server: Any) -> N
         server.world.instances.add(name)
     done = cli("inspect", "web", "gone", "db")
     assert (done.exit_code, "gone" in done.stderr) == (1, True)
-    assert [one["name"] for one in json.loads(done.stdout)] == ["web", "db"]
+    assert [instance["name"] for instance in json.loads(done.stdout)] == ["web", "db"]
     assert (cli("inspect", "gone").exit_code, cli("inspect", "gone").stdout) == (1, "")
 
 
@@ -224,21 +224,21 @@ ODD = {"PYTHONIOENCODING": "iso-8859-1", "PYTHONUTF8": "0"}
 
 def test_output_that_the_terminal_cannot_show(shell: Any, server: Any) -> None:
     server.world.instances.add("web", image="docker.io/acme/→:1")
-    done = shell("ps", env=ODD)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"acme/?:1" in done.stdout
+    result = shell("ps", env=ODD)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"acme/?:1" in result.stdout
 
 
 def test_a_file_that_is_no_text(shell: Any, server: Any, tmp_path: Path) -> None:
     (tmp_path / "variables").write_bytes(b"A=\xff\xfe\n")
-    done = shell("run", "--env-file", str(tmp_path / "variables"), "alpine")
-    assert (done.returncode, b"variables: not text in UTF-8" in done.stderr, b"Traceback" in done.stderr) == (
+    result = shell("run", "--env-file", str(tmp_path / "variables"), "alpine")
+    assert (result.returncode, b"variables: not text in UTF-8" in result.stderr, b"Traceback" in result.stderr) == (
         2,
         True,
         False,
     )
-    done = shell("run", "--credentials-json", f"@{tmp_path}/gone", "alpine")
-    assert (done.returncode, b"gone: No such file" in done.stderr, b"Errno" in done.stderr) == (1, True, False)
+    result = shell("run", "--credentials-json", f"@{tmp_path}/gone", "alpine")
+    assert (result.returncode, b"gone: No such file" in result.stderr, b"Errno" in result.stderr) == (1, True, False)
 
 
 def test_an_empty_no_color_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +256,8 @@ def test_an_empty_no_color_means_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_question_that_nobody_answers(shell: Any, cli: Any, server: Any) -> None:
     server.world.instances.add("web")
     cli("stop", "web")
-    done = shell("system", "prune", input=b"")
-    assert (done.returncode, b"nothing was changed" in done.stderr) == (130, True)
+    result = shell("system", "prune", input=b"")
+    assert (result.returncode, b"nothing was changed" in result.stderr) == (130, True)
 
 
 def test_an_interrupted_command_does_not_claim_that_nothing_was_changed(

@@ -182,7 +182,7 @@ def test_a_program_that_is_left_and_attached_again(tmp_path: Path, idle: Agent) 
         first.type(b"\x11")
         first.wait_for(b"web2 continues: hypeman attach web2")
         assert first.exit_code() == 0
-        assert [one.state for one in server.world.instances.instances.values()] == [InstanceState.RUNNING] * 2
+        assert [instance.state for instance in server.world.instances.instances.values()] == [InstanceState.RUNNING] * 2
         second = opened(server, "attach", "web")
         second.type(b"echo re${A}y\n")
         second.wait_for(b"rekepty")
@@ -234,7 +234,7 @@ def test_a_run_that_is_ended_ends_its_instance(tmp_path: Path, idle: Agent, numb
             assert running.stdout.readline() == b"here\n"
             running.send_signal(number)
             assert running.wait(15) == 130
-        assert [one.name for one in server.world.instances.instances.values()] == ["web"]
+        assert [instance.name for instance in server.world.instances.instances.values()] == ["web"]
         [request] = [asked for what, asked in server.world.instances.asked if what == "create"]
         assert (request.idle, request.auto_remove, request.ttl) == (True, True, "10m")
         assert [asked.ttl for what, asked in server.world.instances.asked if what == "update"] == ["0s"]

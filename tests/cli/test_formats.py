@@ -171,8 +171,8 @@ def test_one(cli: Any, world: Any) -> None:
 
 
 def test_the_version_of_the_client_needs_no_server(shell: Any) -> None:
-    done = shell("--base-url", "unix:///nowhere", "version", "-f", "{{.Client.Version}}")
-    assert (done.returncode, done.stderr) == (0, b"")
+    result = shell("--base-url", "unix:///nowhere", "version", "-f", "{{.Client.Version}}")
+    assert (result.returncode, result.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(

@@ -99,10 +99,10 @@ async def test_it_has_only_what_it_was_given(processes: Processes, tmp_path: Pat
         os.close(given)
         os.close(withheld)
         process.close()
-    said = (tmp_path / "log").read_text()
-    assert said.startswith(f"[0, 1, 2, {given}] ")
-    assert "secret" not in said and str(tmp_path) in said
-    assert said.endswith("True / 0\nprivate\n")
+    output = (tmp_path / "log").read_text()
+    assert output.startswith(f"[0, 1, 2, {given}] ")
+    assert "secret" not in output and str(tmp_path) in output
+    assert output.endswith("True / 0\nprivate\n")
 
 
 @as_root
@@ -112,11 +112,11 @@ async def test_it_is_unprivileged_and_cannot_become_root(processes: Processes, t
     process = await processes.spawn(program(tmp_path, "/bin/sh", "-c", script, uid=12345, gid=12346))
     assert await process.wait() == 0
     process.close()
-    said = (tmp_path / "log").read_text()
-    assert said.startswith("12345\n12346\n12346\n")
-    assert "NoNewPrivs:\t1" in said
-    assert said.count("0000000000000000") == 2
-    assert os.readlink("/proc/self/ns/net") not in said
+    output = (tmp_path / "log").read_text()
+    assert output.startswith("12345\n12346\n12346\n")
+    assert "NoNewPrivs:\t1" in output
+    assert output.count("0000000000000000") == 2
+    assert os.readlink("/proc/self/ns/net") not in output
     assert Path("/proc/self/status").read_text().count("NoNewPrivs:\t0"), "we ourselves gave up nothing"
 
 
@@ -285,8 +285,8 @@ async def test_tools_get_no_secrets_and_no_path_of_libraries(
 ) -> None:
     monkeypatch.setenv("JWT_SECRET", "secret")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/lib")
-    said = await processes.run(["/usr/bin/env"])
-    assert b"secret" not in said and b"LD_" not in said
+    output = await processes.run(["/usr/bin/env"])
+    assert b"secret" not in output and b"LD_" not in output
 
 
 # Loans

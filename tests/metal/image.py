@@ -173,6 +173,6 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def run(*argv: str) -> None:
     """Run a command of the build; its output is in the error."""
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(argv[:3])} … failed with {done.returncode}:\n{done.stdout[-4000:]}")
+    result = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(argv[:3])} … failed with {result.returncode}:\n{result.stdout[-4000:]}")

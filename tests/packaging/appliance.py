@@ -27,8 +27,8 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         clone = folder / name
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
         subprocess.run(["git", "checkout", "--quiet", commit.stdout.strip()], cwd=clone, check=True)
-        done = subprocess.run([clone / "packaging/appliance/build"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        result = subprocess.run([clone / "packaging/appliance/build"], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
         made.append(clone / "dist")
     return made[0], made[1]
 
@@ -68,15 +68,15 @@ def test_everything_belongs_to_root(builds: tuple[Path, Path]) -> None:
 def test_the_single_file_runs(builds: tuple[Path, Path], tmp_path: Path) -> None:
     (program,) = (path for path in builds[0].iterdir() if path.name.endswith("-linux-amd64"))
     environment = {"PATH": "/usr/bin:/bin", "HYPEMAN_UNPACK_DIR": str(tmp_path)}
-    said = subprocess.run([program, "--version"], env=environment, capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
-    assert "hypeman" in said.stdout.lower()
+    output = subprocess.run([program, "--version"], env=environment, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr
+    assert "hypeman" in output.stdout.lower()
 
 
 def test_lintian_finds_nothing_that_is_not_explained(builds: tuple[Path, Path]) -> None:
     """Every override in debian/lintian-overrides says why."""
     (package,) = builds[0].glob("*.deb")
-    done = subprocess.run(
+    result = subprocess.run(
         ["lintian", "--allow-root", "--fail-on", "error,warning", package], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert result.returncode == 0, result.stdout + result.stderr

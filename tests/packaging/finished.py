@@ -42,11 +42,11 @@ def test_every_object_finds_its_libraries_in_the_bundle(deb: Path) -> None:
 
 def test_no_way_to_install_asks_for_a_c_library() -> None:
     [package] = dist().glob("hypeman_*.deb")
-    said = subprocess.run(["dpkg-deb", "-f", package, "Depends"], capture_output=True, text=True, check=True).stdout
-    assert "nftables" in said and "libc" not in said
+    output = subprocess.run(["dpkg-deb", "-f", package, "Depends"], capture_output=True, text=True, check=True).stdout
+    assert "nftables" in output and "libc" not in output
     [package] = dist().glob("hypeman-*.rpm")
-    said = subprocess.run(["rpm", "-qp", "--requires", package], capture_output=True, text=True, check=True).stdout
-    assert "nftables" in said and "libc" not in said
+    output = subprocess.run(["rpm", "-qp", "--requires", package], capture_output=True, text=True, check=True).stdout
+    assert "nftables" in output and "libc" not in output
     with tarfile.open(next(dist().glob("hypeman-*.tar.gz"))) as tar:
         [script] = [name for name in tar.getnames() if name.endswith("/install.sh")]
         member = tar.extractfile(script)

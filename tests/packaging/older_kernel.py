@@ -45,7 +45,7 @@ def test_linux_5_10_runs_the_server_and_an_instance(host: MetalHost) -> None:
     server = host.check("systemctl show --property MainPID --value hypeman").strip()
     assert host.check(f"cat /proc/{server}/comm").strip() == "hypeman"
     found = host.run("hypeman --format json doctor", timeout=SLOW).output
-    findings = {each["name"]: each for each in json.loads(found[found.index("[") :])}
+    findings = {finding["name"]: finding for finding in json.loads(found[found.index("[") :])}
     assert findings["kernel"]["verdict"] == "ok" and "Linux 6.1" in findings["kernel"]["message"]
     host.check("hypeman image import --name localhost/hello:1 /root/hello.tar", timeout=SLOW)
     host.check("hypeman run -d --name web --memory 128MB --cpus 1 localhost/hello:1", timeout=SLOW)

@@ -32,9 +32,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Root]:
 @pytest.mark.parametrize("name", ["ruleset.nft", "ruleset-without-private.nft"])
 def test_its_nft_takes_our_rules(root: Root, name: str) -> None:
     subprocess.run(["cp", GOLDEN / name, root.path / "media"], check=True)
-    done = root.run(f"nft --version && nft -f /media/{name} && nft list table inet hypeman")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "v0.9.8" in done.stdout and "@ports_at_tcp" in done.stdout
+    result = root.run(f"nft --version && nft -f /media/{name} && nft list table inet hypeman")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "v0.9.8" in result.stdout and "@ports_at_tcp" in result.stdout
 
 
 INSTALLED = """
@@ -70,13 +70,15 @@ def test_debian_11_installs_it_and_runs_an_instance(root: Root) -> None:
     [package] = dist().glob("hypeman-*-linux-amd64.tar.gz")
     shutil.copy(package, root.path / "media")
     (root.path / "media/hello.tar").write_bytes(busybox_archive())
-    done = root.run(INSTALLED)
-    report = done.stdout + done.stderr
-    assert done.returncode == 0, report[-6000:]
+    result = root.run(INSTALLED)
+    report = result.stdout + result.stderr
+    assert result.returncode == 0, report[-6000:]
     assert "glibc 2.31" in report and "exec works" in report
-    findings = {each["name"]: each["verdict"] for each in json.loads((root.path / "media/doctor.json").read_text())}
+    findings = {
+        finding["name"]: finding["verdict"] for finding in json.loads((root.path / "media/doctor.json").read_text())
+    }
     assert findings["kernel"] == "ok"
-    assert [line.removeprefix("STEP ") for line in done.stdout.splitlines() if line.startswith("STEP")] == [
+    assert [line.removeprefix("STEP ") for line in result.stdout.splitlines() if line.startswith("STEP")] == [
         "installed", "answers", "runs nothing of the host", "instance runs", "removed",
     ]  # fmt: skip
 
@@ -99,6 +101,6 @@ def test_a_root_without_any_c_library_runs_the_command(tmp_path: Path) -> None:
         /hypeman --version && /hypeman --format json doctor > /doctor.json
         [ $? -le 1 ] && [ ! -e /lib ] && [ ! -e /lib64 ] && [ ! -e /usr/lib ]
     """
-    done = Root(tmp_path).run(script)
-    assert done.returncode == 0 and done.stdout.startswith("hypeman"), done.stdout + done.stderr
-    assert {"kernel", "nft"} <= {each["name"] for each in json.loads((tmp_path / "doctor.json").read_text())}
+    result = Root(tmp_path).run(script)
+    assert result.returncode == 0 and result.stdout.startswith("hypeman"), result.stdout + result.stderr
+    assert {"kernel", "nft"} <= {finding["name"] for finding in json.loads((tmp_path / "doctor.json").read_text())}

@@ -37,6 +37,6 @@ def test_it_starts_the_loader_of_arm64(tmp_path: Path) -> None:
     library = bring.closed((LIBRARIES / bring.LIBC).read_bytes(), bring.OF_THE_LIBRARY)
     (tmp_path / "_internal" / bring.LIBC).write_bytes(library)
     emulated = ["qemu-aarch64-static", str(tmp_path / "hypeman"), "a", "b c"]
-    done = subprocess.run(emulated, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 7, done.stderr
-    assert done.stdout == f"{tmp_path}/hypeman|a|b c|{tmp_path}/hypeman\n"
+    result = subprocess.run(emulated, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 7, result.stderr
+    assert result.stdout == f"{tmp_path}/hypeman|a|b c|{tmp_path}/hypeman\n"

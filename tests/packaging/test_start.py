@@ -49,10 +49,10 @@ def report(program: Path, **variables: str) -> dict[str, list[str]]:
     """What the shell says of itself: kind → lines."""
     environ = {"PATH": "/usr/bin:/bin", **variables}
     argv = [str(program), "-c", REPORT, "zero", "a b", ""]
-    done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 7, done.stderr
+    result = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 7, result.stderr
     said: dict[str, list[str]] = {}
-    for line in done.stdout.splitlines():
+    for line in result.stdout.splitlines():
         kind, _, text = line.partition(" ")
         said.setdefault(kind, []).append(text)
     return said
@@ -84,15 +84,15 @@ def test_what_an_enclosing_bundle_set_is_replaced(bundle: Path) -> None:
 
 def test_a_missing_loader_is_told(bundle: Path, tmp_path: Path) -> None:
     shutil.copy(bundle / "hypeman", tmp_path / "hypeman")
-    done = subprocess.run([tmp_path / "hypeman"], capture_output=True, text=True)
-    assert done.returncode == 127
-    assert done.stderr == f"hypeman: {tmp_path}/_internal/{LOADER.name}: No such file or directory\n"
+    result = subprocess.run([tmp_path / "hypeman"], capture_output=True, text=True)
+    assert result.returncode == 127
+    assert result.stderr == f"hypeman: {tmp_path}/_internal/{LOADER.name}: No such file or directory\n"
 
 
 def test_a_directory_that_the_loader_would_read_as_two_is_refused(bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "a:b")
-    done = subprocess.run([tmp_path / "a:b/hypeman"], capture_output=True, text=True)
-    assert done.returncode == 127 and "Invalid argument" in done.stderr
+    result = subprocess.run([tmp_path / "a:b/hypeman"], capture_output=True, text=True)
+    assert result.returncode == 127 and "Invalid argument" in result.stderr
 
 
 def test_our_copies_know_no_place_on_the_host(bring: ModuleType) -> None:
