@@ -620,7 +620,7 @@ class LiveWorld(FakeWorld):
     def services(self) -> Any:
         return replace(super().services, resources=self.resources, capabilities=self.capabilities)
 
-    async def furnish(self, count: int) -> None:
+    async def populate(self, count: int) -> None:
         """``count`` instances in all states, and something of everything else."""
         now = datetime.now(UTC)
         chance = random.Random(7)
@@ -691,17 +691,29 @@ class LiveWorld(FakeWorld):
             await self._more(now)
 
     async def _more(self, now: datetime) -> None:
-        web = self.instances.find("web")
+        self._write_log()
+        await self._add_volumes()
+        await self._add_snapshots(now)
+        await self._add_ingress()
+        self._add_build(now)
+        self._add_devices()
+        self._add_egress()
+
+    def _write_log(self) -> None:
         with (self.log_directory / "web-app.log").open("w") as log:
             log.write("[    0.000000] Linux version 6.12.58-hypeman\n[    0.412030] hypeman-init: starting nginx\n")
             for number in range(400):
                 log.write(f"2026-11-29T12:{number // 60:02d}:{number % 60:02d}Z {LINES[number % 5]}\n")
+
+    async def _add_volumes(self) -> None:
         data = await self.volumes.create(CreateVolumeRequest(name="pgdata", size_gb=100, id="pgdata"))
         await self.volumes.create(CreateVolumeRequest(name="uploads", size_gb=20, id="uploads", tags={"team": "core"}))
         use = VolumeAttachment(
             instance_id=self.instances.find("postgres").id, mount_path="/var/lib/postgresql", readonly=False
         )
         self.volumes.volumes["pgdata"] = msgspec.structs.replace(data, attachments=(use,))
+
+    async def _add_snapshots(self, now: datetime) -> None:
         first = await self.snapshots.create(
             "web", CreateSnapshotRequest(kind=SnapshotKind.STANDBY, name="before-upgrade")
         )
@@ -710,6 +722,8 @@ class LiveWorld(FakeWorld):
         self.snapshots.snapshots[second.id] = msgspec.structs.replace(second, created_at=now - timedelta(minutes=40))
         for name in ("web-trial-1", "web-trial-2"):
             await self.snapshots.fork(second.id, ForkSnapshotRequest(name=name))
+
+    async def _add_ingress(self) -> None:
         await self.ingresses.create(
             CreateIngressRequest(
                 name="site",
@@ -723,11 +737,15 @@ class LiveWorld(FakeWorld):
                 ),
             )
         )
+
+    def _add_build(self, now: datetime) -> None:
         build = Build(
             id="b1", status=BuildStatus.READY, created_at=now - timedelta(hours=2), image_ref="team/shop:v3",
             duration_ms=48_200, builder_id="ci",
         )  # fmt: skip
         self.builds.builds[build.id] = build
+
+    def _add_devices(self) -> None:
         self.devices.add("l40s", "0000:41:00.0")
         self.devices.free = [
             AvailableDevice(
@@ -769,6 +787,9 @@ class LiveWorld(FakeWorld):
                 reason="the host has mounted a file system of it",
             ),
         ]
+
+    def _add_egress(self) -> None:
+        """A guest with rules, requests that ended, and two that wait for approval."""
         agent = self.instances.find("agent")
         self.egress.allow(agent)
         rules = (
@@ -790,7 +811,6 @@ class LiveWorld(FakeWorld):
             self.egress.record("agent", age=70 - 7 * number, method="POST" if number % 2 else "GET", **about)
         self.egress.ask(agent, "POST", "/repos/acme/site/pulls")
         self.egress.ask(agent, "DELETE", "/repos/acme/site/git/refs/heads/draft")
-        assert web.name == "web"
 
     async def live(self) -> None:
         """Logs grow."""
@@ -824,7 +844,7 @@ async def serving(
         store = Store.open(directory / "store")
         async with store.serving(), trio.open_nursery() as nursery:
             world = LiveWorld(directory, nursery)
-            await world.furnish(count)
+            await world.populate(count)
             sockets = bind_tcp("127.0.0.1", port)
             port = sockets[0].getsockname()[1]
             settings = ServerSettings(SECRET, url=f"http://localhost:{port}")
