@@ -24,6 +24,8 @@ _MAX_LATEST = 400
 """The latest lines of output, of all steps together, of which a step that fails shows its own."""
 _FAILED_LINES = 20
 _MAX_LATEST_LINE = 1000
+_WORTH_A_LINE = 0.05
+"""Seconds of a step that begins and ends again."""
 _CANCELLED = "context canceled"
 """How the error of a step ends that ended because another one failed."""
 
@@ -122,6 +124,8 @@ class Step:
         self.started: datetime | None = None
         self.completed: datetime | None = None
         self.cached = False
+        self.done = False
+        """It has ended once: some steps begin again, such as those that fetch layers when they are needed."""
         self.error = ""
         self.pending = bytearray()
         self.transfers: dict[str, VertexStatus] = {}
@@ -208,8 +212,9 @@ class PlainText:
                 lines += self.failure(step)
             elif vertex.cached:
                 lines.append(f"#{step.number} CACHED")
-            else:
+            elif not step.done or step.seconds >= _WORTH_A_LINE:
                 lines.append(f"#{step.number} DONE {step.seconds:.1f}s")
+            step.done = True
 
     def _output(self, step: Step, output: VertexLog, lines: list[str]) -> None:
         step.pending += output.data
@@ -233,5 +238,5 @@ def _line(step: Step, data: bytes, at: datetime | None) -> str:
     since = ""
     if at is not None and step.started is not None:
         since = f"{max(0.0, (at - step.started).total_seconds()):.3f} "
-    text = data.decode(errors="replace").rstrip("\r")
+    text = data.decode(errors="replace").rstrip("\r").rpartition("\r")[2]  # what a terminal would show in the end
     return f"{since}{text}"

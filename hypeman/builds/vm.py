@@ -70,6 +70,8 @@ _MAX_TAIL = 8 << 10
 _MAX_BASES = 100
 _MAX_OUTPUT = 1 << 20
 _HIDDEN = b"***"
+_NOISE = b'level=warning msg="failed check for fsverity support"'
+"""What buildctl says on file systems without it, and needs none."""
 _REASON = b"error: "
 """How buildctl begins the reason of a failure."""
 _BASE = re.compile(r"FROM \S+@(sha256:[0-9a-f]{64})")
@@ -471,7 +473,7 @@ class _Attempt:
         if status is None:
             if text := line.rstrip():
                 text = self._redact.bytes(text)
-                if not text.startswith(_REASON):  # it becomes that of the build
+                if not text.startswith(_REASON) and _NOISE not in text:  # the reason becomes that of the build
                     self._report.log(text.decode(errors="replace"))
                 self._tail += text + b"\n"
                 del self._tail[:-_MAX_TAIL]

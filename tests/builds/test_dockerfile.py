@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -110,6 +110,19 @@ def test_progress_as_lines() -> None:
     pieces = [b"one\ntw", b"o\n" + b"x" * 30, b"x\nthree\n", b"rest"]
     assert [line for piece in pieces for line in splitter.feed(piece)] == [b"one", b"two", b"three"]
     assert splitter.flush() == b"rest"
+
+
+def test_a_step_that_begins_again_is_done_once() -> None:
+    """Unless it took time. Of a line that a program writes over, the last state is shown."""
+    text = PlainText()
+    lines: list[str] = []
+    for end in (0, 0, 0, 12):
+        completed = NOW + timedelta(seconds=end)
+        for vertex in (Vertex(digest="a", name="FROM x", started=NOW), Vertex("a", "FROM x", NOW, completed)):
+            lines += text.feed(SolveStatus(vertexes=(vertex,)))
+    assert lines == ["#1 FROM x", "#1 DONE 0.0s", "#1 DONE 12.0s"]
+    output = VertexLog(vertex="a", data=b"5%\r50%\r100%\r\n", timestamp=NOW)
+    assert text.feed(SolveStatus(logs=(output,))) == ["#1 0.000 100%"]
 
 
 def test_a_step_that_fails_shows_what_it_printed_last() -> None:
