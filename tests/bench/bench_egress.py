@@ -102,6 +102,17 @@ NAMES = 300
 ROUNDS = {"nginx": 5, "haproxy": 5, "Go": 3, "mitmproxy": 1}
 """The farther from us, the fewer."""
 
+WITH_RULES = "hypeman with rules"
+RULES = {
+    "default": "deny",
+    "rules": [
+        *({"action": "allow", "hosts": [f"h{number}.rules.test"], "methods": ["GET"], "paths": ["/v1/*"]}
+          for number in range(999)),
+        {"action": "allow", "hosts": [HOST], "methods": ["GET", "POST"]},
+    ],
+}  # fmt: skip
+"""1,000 rules on destinations, of which the last one allows the requests."""
+
 HTTP2 = "1 KB, HTTP/2, 8 connections of 8 streams"
 """Loaded by h2load where it is installed; the origin speaks HTTP/1."""
 
@@ -235,28 +246,32 @@ class Bench:
         self.pids["mitmproxy"] = (process.pid, port)
 
     def _ours(self, stack: ExitStack) -> None:
+        self._engine(stack, "hypeman")
+        self._engine(stack, WITH_RULES, RULES)
+
+    def _engine(self, stack: ExitStack, name: str, *rules: object) -> None:
         reported = {
             "settings": {"address": "127.0.0.1", "port": 0, "loops": 1, "allow": ["127.0.0.0/8"],
                          "trust_file": str(self.dir / "origin-ca.pem"), "assumed_tls_port": self.origin,
                          "limits": {"mints_per_second": 0}},
-            "directory": str(self.dir / "egress"), "names": {HOST: ["127.0.0.1"]},
+            "directory": str(self.dir / name.replace(" ", "-")), "names": {HOST: ["127.0.0.1"]},
             "policies": [["inst-a", "127.0.0.1", {"API_KEY": {"source": {"env": "K"}, "inject": [
                 {"hosts": [HOST, "*.names.test"],
-                 "as": {"header": "Authorization", "format": "Bearer ${value}"}}]}}, {"K": "real"}]],
+                 "as": {"header": "Authorization", "format": "Bearer ${value}"}}]}}, {"K": "real"}, *rules]],
         }  # fmt: skip
         argv = [sys.executable, "-m", "tests.egress.proxy_process", json.dumps(reported)]
         process = stack.enter_context(running(argv, 1, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                               cwd=HERE.parents[1]))  # fmt: skip
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())
-        (self.dir / "egress-ca.pem").write_text(ready["ca"])
-        self.pids["hypeman"] = (process.pid, ready["port"])
+        (self.dir / f"{name}-ca.pem").write_text(ready["ca"])
+        self.pids[name] = (process.pid, ready["port"])
 
     def load(self, proxy: str, test: str) -> Callable[[], int]:
         """Makes requests of one test for a round; how many."""
         port = self.pids[proxy][1]
         (path, connections), more = self.tests[test]
-        ca = self.dir / ("egress-ca.pem" if proxy == "hypeman" else "front-ca.pem")
+        ca = self.dir / (f"{proxy}-ca.pem" if proxy.startswith("hypeman") else "front-ca.pem")
         argv = [
             "taskset",
             "-c",
@@ -311,7 +326,7 @@ class Bench:
 
     def connect(self, proxy: str, name: str) -> ssl.SSLSocket:
         context = ssl.create_default_context(
-            cafile=self.dir / ("egress-ca.pem" if proxy == "hypeman" else "front-ca.pem")
+            cafile=self.dir / (f"{proxy}-ca.pem" if proxy == "hypeman" else "front-ca.pem")
         )
         return context.wrap_socket(socket.create_connection(("127.0.0.1", self.pids[proxy][1])), server_hostname=name)
 
@@ -354,6 +369,9 @@ def run(round_ms: int = ROUND_MS) -> list[Result]:
             for peer in bench.peers:
                 ours, theirs = bench.cost("hypeman", test), bench.cost(peer, test)
                 results.append(compare(f"egress, {test}, {peer}", "µs CPU/request", ours, peer, theirs, ROUNDS[peer]))
+        kept = next(iter(TESTS))
+        with_rules, without = bench.cost(WITH_RULES, kept), bench.cost("hypeman", kept)
+        results.append(compare(f"egress, {kept}, 1,000 rules", "µs CPU/request", with_rules, "none", without))
         for peer in [name for name in bench.peers if name != "mitmproxy" and shutil.which("h2load")]:
             ours, theirs = bench.cost_http2("hypeman"), bench.cost_http2(peer)
             results.append(compare(f"egress, {HTTP2}, {peer}", "µs CPU/request", ours, peer, theirs, ROUNDS[peer]))

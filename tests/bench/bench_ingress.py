@@ -88,7 +88,7 @@ class IngressBench(Bench):
         self.pids["Caddy"] = (process.pid, port)
 
     def _ours(self, stack: ExitStack) -> None:
-        shutil.copy(self.dir / "front-ca.pem", self.dir / "egress-ca.pem")
+        shutil.copy(self.dir / "front-ca.pem", self.dir / "hypeman-ca.pem")
         for log in self.logs:
             name = "hypeman" if log else "hypeman without log"
             port = free_port()

@@ -1,7 +1,8 @@
 """The egress path as a process of its own, for tests and benchmarks that want it in a namespace or alone on a core.
 
 Takes one JSON document on the command line: `settings` of the service, `directory`, `names` (host to addresses),
-`policies` ([instance, source, credentials, secrets]). Prints the port and the CA, one JSON line; ends with its stdin.
+`policies` ([instance, source, credentials, secrets], and rules on destinations if there are any). Prints the port and
+the CA, one JSON line; ends with its stdin.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 import msgspec
 import trio
 
+from hypeman.egress.rules import check_access
 from hypeman.egress.service import Egress, Settings
-from hypeman.egress.types import CredentialPolicy
+from hypeman.egress.types import CredentialPolicy, EgressAccess
 
 
 async def main() -> None:
@@ -28,9 +30,10 @@ async def main() -> None:
     egress = Egress(settings, Path(told["directory"]), resolve=resolve)
     async with trio.open_nursery() as nursery:
         await nursery.start(partial(egress.run, grace=0.5))
-        for instance, source, given, secrets in told["policies"]:
+        for instance, source, given, secrets, *rules in told["policies"]:
             credentials = msgspec.convert(given, dict[str, CredentialPolicy])
-            await egress.set_policy(instance, source, credentials, secrets)
+            access = check_access(msgspec.convert(rules[0], EgressAccess)) if rules else None
+            await egress.set_policy(instance, source, credentials, secrets, access=access)
         await egress.accept()
         egress.on_audit(lambda record: told.get("audit") and print(json.dumps(msgspec.to_builtins(record)), flush=True))
         ready = {"port": egress.port, "ca": egress.ca_pem.decode(), "pid": egress.engine_pid}
