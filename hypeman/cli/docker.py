@@ -49,7 +49,7 @@ def restart(session: Session, instances: tuple[str, ...], grace: int | None) -> 
 @click.option("-s", "--signal", default="KILL", show_default=True, help="As in HUP, SIGTERM or 15.")
 @reports
 def kill(session: Session, instances: tuple[str, ...], signal: str) -> None:
-    """Send a signal to all processes of instances, through the shell of their images."""
+    """Send a signal to the programs of instances, through the shell of their images; KILL to all processes."""
     from hypeman.cli.execute import capture
 
     name = signal.upper().removeprefix("SIG")
@@ -57,7 +57,9 @@ def kill(session: Session, instances: tuple[str, ...], signal: str) -> None:
         raise click.BadParameter(f"{signal!r} is not a signal", param_hint="--signal")
 
     def one(instance: str) -> None:
-        code, output = capture(session, instance, ("sh", "-c", f"kill -{name} -1"))
+        # In a guest, what is sent to process 1 is passed on to the program; it cannot be killed.
+        target = "-1" if name in ("KILL", "9") else "1"
+        code, output = capture(session, instance, ("sh", "-c", f"kill -{name} {target}"))
         if code and code < _BY_SIGNAL:  # the shell itself may be killed as the VM ends
             fail(f"{instance}: {output.strip() or f'kill ended with {code}'}", f"hypeman stop {instance} shuts it down")
         click.echo(instance)

@@ -64,6 +64,11 @@ def instance_row(row: Mapping[str, Any]) -> Fields:
     )
 
 
+def anything(row: Mapping[str, Any]) -> Fields:
+    """``docker inspect`` of whatever has that name."""
+    return image(row) if "digest" in row else one_volume(row) if "size_gb" in row else instance(row)
+
+
 def instance(row: Mapping[str, Any]) -> Fields:
     """``docker inspect`` of a container."""
     state, network = row["state"], row.get("network") or {}

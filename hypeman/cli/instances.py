@@ -189,13 +189,16 @@ def ps(
 @click.option("--show-env", is_flag=True, help="Show the values of the environment.")
 @format_option
 @reports
-@templated("instance")
+@templated("anything")
 def inspect(session: Session, instances: tuple[str, ...], show_env: bool) -> None:
-    """Show everything about an instance, or a list of several. One that is missing does not hide the others."""
+    """Show everything about an instance, image or volume, or a list of several.
+
+    One that is missing does not hide the others.
+    """
     found = []
 
     def look(name: str) -> None:
-        one = session.client.get(path_of(name))
+        one = _found(session.client, name)
         if not show_env and one.get("env"):
             one["env"] = dict.fromkeys(one["env"], _HIDDEN)
         found.append(one)
@@ -205,6 +208,22 @@ def inspect(session: Session, instances: tuple[str, ...], show_env: bool) -> Non
     finally:
         if found:
             session.show(found if len(instances) > 1 else found[0])
+
+
+def _found(client: Client, name: str) -> Any:
+    """The instance with that name, or else the image, or else the volume."""
+    try:
+        return client.get(path_of(name))
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        missing = error
+    for kind in ("images", "volumes"):
+        try:
+            return client.get(f"/{kind}/{segment(name)}")
+        except ApiError:
+            continue
+    raise missing
 
 
 class Lines(ParamType):

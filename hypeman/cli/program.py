@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import click
 
@@ -18,8 +20,25 @@ def takes_anything(command: click.Command) -> bool:
     )
 
 
+_FAILED = 125
+"""Docker's exit code of a run that did not come to the program, whose own codes begin at 0."""
+
+
+class ProgramEnded(SystemExit):
+    """With the exit code of the program that was run."""
+
+
 class RunCommand(click.Command):
-    """A command whose options may also follow IMAGE, but not the program that is run: `run IMAGE --name web ls -l`."""
+    """A command whose options may also follow IMAGE, but not the program that is run: `run IMAGE --name web ls -l`.
+    Its own failures have the exit code 125."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _failures():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, context: click.Context) -> Any:
+        with _failures():
+            return super().invoke(context)
 
     def _plain_networks(self, args: list[str]) -> list[str]:
         """``args`` with Docker's ``--network VALUE`` as our flag: VALUE is not to be taken for the image. Raises
@@ -65,6 +84,19 @@ class RunCommand(click.Command):
         if args[at : at + 1] == ["--"] or at == len(args):
             return super().parse_args(context, args)
         return super().parse_args(context, [*args[:at], "--", *args[at:]])
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    try:
+        yield
+    except click.ClickException as error:
+        error.exit_code = _FAILED  # type: ignore[misc]  # its own way to say it
+        raise
+    except ProgramEnded:
+        raise
+    except SystemExit as end:
+        raise (SystemExit(_FAILED) if end.code == 1 else end) from None
 
 
 def _network_of(words: Sequence[str]) -> tuple[str, int]:

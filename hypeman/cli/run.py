@@ -30,7 +30,7 @@ from hypeman.cli.policies import (
     restart_options,
 )
 from hypeman.cli.ports import parse_port, ports_option
-from hypeman.cli.program import RunCommand
+from hypeman.cli.program import ProgramEnded, RunCommand
 from hypeman.cli.session import (
     SIZE,
     ParamType,
@@ -43,6 +43,9 @@ from hypeman.cli.session import (
     reports,
     write_log,
 )
+from hypeman.cli.volumes import DEFAULT_GB
+from hypeman.text import one_line
+from hypeman.urls import segment
 
 _INTERRUPTED = 130
 _BOOTING = ("Created", "Initializing")
@@ -151,7 +154,14 @@ def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
 @click.option("--entrypoint", multiple=True, help="Instead of the image's; one word each.")
 @click.option("--cmd", multiple=True, help="Instead of the image's; one word each.")
 @click.option("-l", "--tag", "--label", "--metadata", "tags", multiple=True, metavar="KEY=VALUE")
-@click.option("-v", "--volume", "volumes", multiple=True, metavar="ID:/PATH[:ro[:overlay=SIZE]]")
+@click.option(
+    "-v",
+    "--volume",
+    "volumes",
+    multiple=True,
+    metavar="NAME:/PATH[:ro[:overlay=SIZE]]",
+    help="Made if it does not exist.",
+)
 @ports_option
 @click.option("--ttl", help="Delete it after this time, as in 2h.")
 @health_options("health-")
@@ -211,10 +221,11 @@ def run(session: Session, image: str, command: tuple[str, ...], **flags: Any) ->
     else:
         session.client.get(image_path(image))
     if attached:
-        raise SystemExit(run_attached(session, body, tty=flags["tty"], remove=flags["remove"]))
+        raise ProgramEnded(run_attached(session, body, tty=flags["tty"], remove=flags["remove"]))
+    ensure_volumes(session.client, body)
     made = session.client.post("/instances", body)
     if flags["remove"] and not flags["detach"]:
-        raise SystemExit(run_to_end(session, made))
+        raise ProgramEnded(run_to_end(session, made))
     session.show(made, lambda: str(made["id"]))
     # interactive; a script that only needs the id does not wait
     if sys.stdout.isatty() and sys.stderr.isatty() and not flags["detach"]:
@@ -230,6 +241,7 @@ def run_attached(session: Session, body: dict[str, Any], *, tty: bool, remove: b
     image = client.get(image_path(body["image"]))
     if remove:
         body = {"ttl": _UNTIL_ATTACHED, **body}
+    ensure_volumes(client, body)
     made = client.post("/instances", {**body, "idle": True})
     name, path = made["name"], path_of(made["id"])
     program = [
@@ -438,7 +450,7 @@ def parse_mount(text: str) -> dict[str, Any]:
         elif option != "rw":
             raise click.BadParameter(f"{option!r} in {text!r} is none of ro, rw, overlay=SIZE")
     if not volume or not path.startswith("/"):
-        raise click.BadParameter(f"{text!r} must read ID:/PATH[:ro[:overlay=SIZE]]")
+        raise click.BadParameter(f"{text!r} must read NAME:/PATH[:ro[:overlay=SIZE]]")
     return mount
 
 
@@ -458,6 +470,19 @@ def ensure_image(client: Client, image: str, platform: str | None, *, always: bo
         found = begin()
     if found["status"] != "ready":
         wait_ready(client, found["name"], PullDisplay.for_terminal(found["name"]))
+
+
+def ensure_volumes(client: Client, body: dict[str, Any]) -> None:
+    """Make the volumes that ``body`` mounts and that do not exist, as Docker does, and say so."""
+    for mount in body.get("volumes") or ():
+        name = mount["volume_id"]
+        try:
+            client.get(f"/volumes/{segment(name)}")
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            client.post("/volumes", {"name": name, "size_gb": DEFAULT_GB})
+            click.echo(f"made the volume {one_line(name)}, {DEFAULT_GB}GB", err=True)
 
 
 def _credentials(text: str | None) -> Any:

@@ -15,6 +15,9 @@ from hypeman.cli.prune import delete_after_question, unattached_volumes
 from hypeman.cli.session import GIGABYTES, Session, fail, format_option, pairs, present, reports, templated
 from hypeman.urls import segment
 
+DEFAULT_GB = 10
+"""Of a volume whose size is not given; the disk is sparse."""
+
 
 @click.group("volume", cls=NounGroup)
 def volumes() -> None:
@@ -24,7 +27,14 @@ def volumes() -> None:
 @volumes.command("create")
 @click.argument("positional", required=False, metavar="[NAME]")
 @click.option("--name", help="The same as NAME.")
-@click.option("--size", "size_gb", type=GIGABYTES, required=True, help="As in 10GB; a number alone counts GB.")
+@click.option(
+    "--size",
+    "size_gb",
+    type=GIGABYTES,
+    default=DEFAULT_GB,
+    show_default=True,
+    help="As in 10GB; a number alone counts GB.",
+)
 @click.option("--id", "wanted_id", help="Default: a new one.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
 @click.option(
@@ -42,7 +52,7 @@ def create_volume(
 ) -> None:
     """Make a volume; prints its id."""
     if bool(name) == bool(positional):
-        raise click.UsageError("give the volume one name: hypeman volume create NAME --size 10GB")
+        raise click.UsageError("give the volume one name: hypeman volume create NAME [--size 10GB]")
     name = name or positional
     fields = present(name=name, size_gb=size_gb, id=wanted_id, tags=pairs(tags))
     if from_archive is None:

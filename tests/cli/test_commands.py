@@ -64,7 +64,7 @@ def test_run_pulls_waits_creates(cli: Any, server: Any) -> None:
     assert (request.name, request.env, request.vcpus, request.tags) == ("web", {"A": "b=c"}, 4, {"team": "x"})
     assert (request.size, request.hotplug_size, request.network.enabled) == ("1GB", None, True)
     again = cli("run", "nginx", "--name", "web")
-    assert (again.exit_code, "already" in again.stderr) == (1, True)
+    assert (again.exit_code, "already" in again.stderr) == (125, True)
 
 
 def test_run_reports_why_a_pull_failed(cli: Any, server: Any) -> None:
@@ -72,7 +72,7 @@ def test_run_reports_why_a_pull_failed(cli: Any, server: Any) -> None:
     failed = Image(name, "sha256:0", ImageStatus.FAILED, made, error="no disk")
     server.world.images.images[failed.name] = failed
     done = cli("run", "bad")
-    assert (done.exit_code, "no disk" in done.stderr) == (1, True)
+    assert (done.exit_code, "no disk" in done.stderr) == (125, True)
     assert server.world.instances.asked == []
 
 

@@ -119,14 +119,14 @@ def test_sizes_in_one_grammar() -> None:
 )
 def test_refusals_name_the_alternative(cli: Any, server: Any, arguments: list[str], alternative: str) -> None:
     done = cli(*arguments)
-    assert (done.exit_code, alternative in done.stderr) == (2, True), done.stderr
+    assert (done.exit_code, alternative in done.stderr) == (125 if arguments[0] == "run" else 2, True), done.stderr
     assert server.world.instances.asked == []
 
 
 def test_a_tag_without_value_is_an_error_and_not_everything(cli: Any, server: Any) -> None:
     server.world.instances.add("web")
     for arguments in (["ps", "--tag", "team"], ["image", "list", "--tag", "team"], ["run", "x", "--tag", "team"]):
-        assert cli(*arguments).exit_code == 2
+        assert cli(*arguments).exit_code == (125 if arguments[0] == "run" else 2)
 
 
 def test_lists_are_filtered_and_cut(cli: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +177,35 @@ def test_what_is_missing_does_not_hide_what_is_there(cli: Any, server: Any) -> N
     assert (cli("inspect", "gone").exit_code, cli("inspect", "gone").stdout) == (1, "")
 
 
+def test_inspect_finds_images_and_volumes_too(cli: Any, server: Any) -> None:
+    cli("run", "nginx:1", "--name", "web")
+    cli("volume", "create", "data")
+    assert [row.get("name") for row in json.loads(cli("inspect", "web", "nginx:1", "data").stdout)] == [
+        "web",
+        "docker.io/library/nginx:1",
+        "data",
+    ]
+    assert cli("inspect", "-f", "{{.Os}}", "nginx:1").stdout == "linux\n"
+    assert cli("inspect", "-f", "{{.Driver}}", "data").stdout == "local\n"
+
+
+def test_a_volume_that_is_missing_is_made(cli: Any, server: Any) -> None:
+    """As by Docker; and a volume needs no size."""
+    first = cli("run", "-d", "-v", "data:/srv", "nginx")
+    assert (first.exit_code, "made the volume data, 10GB" in first.stderr) == (0, True)
+    assert cli("run", "-d", "-v", "data:/srv:ro", "nginx").stderr == ""
+    assert cli("volume", "create", "other").exit_code == 0
+    assert cli("volume", "ls", "--format", "{{.Name}} {{.Size}}").stdout == "data 10GB\nother 10GB\n"
+
+
+def test_exit_codes_of_run_are_the_programs_or_125(shell: Any, server: Any) -> None:
+    for arguments in (["--no-such-flag", "nginx"], ["-m", "lots", "nginx"], [], ["--name", "Not Legal", "nginx"]):
+        done = shell("run", *arguments)
+        assert (done.returncode, b"Error: " in done.stderr) == (125, True)
+    assert shell("run", "--help").returncode == 0
+    assert shell("--base-url", "unix:///nowhere", "run", "nginx").returncode == 125
+
+
 def test_tag_prints_nothing(cli: Any, server: Any) -> None:
     cli("pull", "nginx")
     for command in (("tag",), ("image", "tag")):
@@ -211,12 +240,12 @@ def test_what_is_to_be_removed_is_removed_by_the_server(cli: Any, server: Any) -
     cli("run", "-d", "nginx")
     assert [request.auto_remove for what, request in server.world.instances.asked if what == "create"] == [True, False]
     assert body_of("--rm", "--restart", "no", "alpine")["auto_remove"]
-    assert cli("run", "--rm", "--restart", "always", "nginx").exit_code == 2
+    assert cli("run", "--rm", "--restart", "always", "nginx").exit_code == 125
 
 
 def test_the_image_is_pulled_again_if_asked(cli: Any, server: Any) -> None:
     refused = cli("run", "--pull", "never", "docker.io/library/gone")
-    assert (refused.exit_code, server.world.instances.asked) == (1, [])
+    assert (refused.exit_code, server.world.instances.asked) == (125, [])
 
 
 ODD = {"PYTHONIOENCODING": "iso-8859-1", "PYTHONUTF8": "0"}
@@ -233,12 +262,12 @@ def test_a_file_that_is_no_text(shell: Any, server: Any, tmp_path: Path) -> None
     (tmp_path / "variables").write_bytes(b"A=\xff\xfe\n")
     result = shell("run", "--env-file", str(tmp_path / "variables"), "alpine")
     assert (result.returncode, b"variables: not text in UTF-8" in result.stderr, b"Traceback" in result.stderr) == (
-        2,
+        125,
         True,
         False,
     )
     result = shell("run", "--credentials-json", f"@{tmp_path}/gone", "alpine")
-    assert (result.returncode, b"gone: No such file" in result.stderr, b"Errno" in result.stderr) == (1, True, False)
+    assert (result.returncode, b"gone: No such file" in result.stderr, b"Errno" in result.stderr) == (125, True, False)
 
 
 def test_an_empty_no_color_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from tests.habits import typed
 from tests.habits.image import LONG_NAME
 
 
@@ -170,6 +171,12 @@ def render() -> str:
             f"| {row.what} | {row.docker} | {given if len(given) < 60 else given[:57] + '…'} |".replace("…  ", "… ")
         )
     lines.append("| kernel options that Docker's and Podman's scripts ask for | set | set, on our kernel |")
+    lines += [
+        "",
+        "What is typed, as `test_typed.py` checks, with running `web`, stopped `old`, image `nginx:1`, volume `data`.",
+        "",
+    ]
+    lines += typed.render()
     return "\n".join(lines) + "\n"
 
 

@@ -91,3 +91,17 @@ async def test_what_is_to_be_removed_goes_without_its_client(appliance: Applianc
     await appliance.wait("two", "Running")
     assert (await appliance.cli("stop", "-t", "1", "two"))[0] == 0
     await wait_gone(appliance)
+
+
+async def test_a_signal_is_for_the_program_alone(appliance: Appliance) -> None:
+    script = "trap 'echo got it' USR1; sleep 100000 & echo ready; while :; do wait; done"
+    await appliance.create("one", cmd=["sh", "-c", script])
+    with trio.fail_after(PATIENCE):
+        while "ready" not in (await appliance.cli("logs", "one"))[1]:
+            await trio.sleep(0.2)
+        assert await appliance.cli("kill", "-s", "USR1", "one") == (0, "one\n")
+        while "got it" not in (await appliance.cli("logs", "one"))[1]:
+            await trio.sleep(0.2)
+    assert (await appliance.exec("one", "pidof", "sleep"))[0] == 0
+    assert (await appliance.cli("kill", "one"))[0] == 0
+    assert (await appliance.wait("one", "Stopped"))["exit_code"] == 137

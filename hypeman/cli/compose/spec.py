@@ -131,7 +131,9 @@ def read_yaml(path: Path) -> Any:
             raise ComposeError(f"{path} has more than {MAX_NODES} values once its aliases are written out")
     except RecursionError:
         raise ComposeError(f"{path} is nested too deeply") from None
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ComposeError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnicodeError, yaml.YAMLError) as error:
         raise ComposeError(f"{path} cannot be read: {error}") from None
     return tree
 
