@@ -81,24 +81,24 @@ def test_certificate_files_that_cannot_be_used_are_named(tmp_path: Path) -> None
         certificates[name] = CertificateFilesConfig(certificate=str(paths[0]), key=str(paths[1]))
     certificates["none"] = CertificateFilesConfig(certificate=str(tmp_path / "none"), key=str(tmp_path / "none"))
     config = msgspec.structs.replace(Config(), ingress=IngressConfig(certificates=certificates))
-    told = {finding.name.rpartition(".")[2]: finding for finding in doctor._certificates(config)}
-    assert [told[name].verdict for name in certificates] == [Verdict.OK, Verdict.WARN, Verdict.WARN]
-    assert "good.example.com: until" in told["good"].message
-    assert "expired" in told["old"].message
-    assert "cannot be read" in told["none"].message
+    found = {finding.name.rpartition(".")[2]: finding for finding in doctor._certificates(config)}
+    assert [found[name].verdict for name in certificates] == [Verdict.OK, Verdict.WARN, Verdict.WARN]
+    assert "good.example.com: until" in found["good"].message
+    assert "expired" in found["old"].message
+    assert "cannot be read" in found["none"].message
 
 
 @pytest.mark.parametrize(
-    ("release", "verdict", "told"),
+    ("release", "verdict", "text"),
     [
         ("4.18.0-553.el8", Verdict.FAIL, "5.10 is required"),
         ("5.10.0-35-amd64", Verdict.OK, "(Linux 6.1)"),
         ("6.1.0-40-amd64", Verdict.OK, "(Linux 6.2)"),
     ],
 )
-def test_an_older_kernel_is_told_what_is_lost(release: str, verdict: Verdict, told: str) -> None:
+def test_an_older_kernel_loses_features(release: str, verdict: Verdict, text: str) -> None:
     [finding] = doctor._kernel(release)
-    assert finding.verdict is verdict and told in finding.message
+    assert finding.verdict is verdict and text in finding.message
 
 
 def test_a_new_kernel_loses_nothing() -> None:
@@ -111,6 +111,6 @@ async def test_a_qemu_that_is_too_old_is_not_told_to_be_installed(tmp_path: Path
     settings = msgspec.structs.replace(
         config.hypervisor, qemu_binary=program(tmp_path / "qemu", "QEMU emulator version 4.2.1")
     )
-    told = await findings(msgspec.structs.replace(config, hypervisor=settings))
-    assert told["qemu"].verdict == Verdict.FAIL and "4.2.1 is too old, 5.2 is required" in told["qemu"].message
-    assert "hypervisor.qemu_binary" in told["qemu"].remedy
+    found = await findings(msgspec.structs.replace(config, hypervisor=settings))
+    assert found["qemu"].verdict == Verdict.FAIL and "4.2.1 is too old, 5.2 is required" in found["qemu"].message
+    assert "hypervisor.qemu_binary" in found["qemu"].remedy

@@ -112,10 +112,10 @@ class Bench:
         (self.root / "var/lib").mkdir(parents=True)
         self.service = FakeService(self.root)
         self.site = Site(self.service, self.root)
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def install(self, file: Path) -> None:
-        self.site.install(file, [KEY.public], self.said.append)
+        self.site.install(file, [KEY.public], self.messages.append)
 
     def installed(self) -> str:
         """The version whose files are there, whole."""
@@ -172,7 +172,7 @@ def test_a_first_installation_and_an_upgrade(bench: Bench, tmp_path: Path) -> No
         bench.site.roll_back()
     before = tree_of(bench.root)
     bench.install(tmp_path / "1.0.hypeman")
-    assert tree_of(bench.root) == before and "installed already" in bench.said[-1]
+    assert tree_of(bench.root) == before and "installed already" in bench.messages[-1]
 
     bench.install(bundle(tmp_path, "2.0"))
     assert (bench.installed(), bench.service.running) == ("2.0", "2.0")
@@ -231,7 +231,7 @@ def test_what_is_not_whole_or_not_signed_changes_nothing(bench: Bench, tmp_path:
         altered(file, how)
     trusted = [new_key().public] if how == "other key" else [KEY.public]
     with pytest.raises((BadBundle, BadSignature)):
-        bench.site.install(file, trusted, bench.said.append)
+        bench.site.install(file, trusted, bench.messages.append)
     assert tree_of(bench.root) == before and bench.service.running == "1.0"
 
 

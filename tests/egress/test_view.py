@@ -204,8 +204,8 @@ async def test_a_real_denial_is_logged_without_its_path(lines: Any, egress: Egre
         while not (found := [line for line in lines() if line["logger"] == "hypeman.egress.audit"]):
             await trio.sleep(0.01)
     [line] = found
-    told = {key: line[key] for key in ("instance", "host", "method", "status", "injected", "rules")}
-    assert told == {
+    record = {key: line[key] for key in ("instance", "host", "method", "status", "injected", "rules")}
+    assert record == {
         "instance": "one", "host": "10.0.0.1", "method": "GET", "status": 403, "injected": False, "rules": [],
     }  # fmt: skip
     assert line["reason"] in ("address_denied", "address_literal")
@@ -225,7 +225,7 @@ async def test_metrics_of_a_real_denial(egress: Egress) -> None:
     egress_metrics.register(egress)
     await ask_denied(egress)
     await metrics.refresh()
-    told = metrics.render_metrics().decode()
+    text = metrics.render_metrics().decode()
     for line in (
         "hypeman_egress_requests_total 1.0",
         "# TYPE hypeman_egress_connections gauge",
@@ -233,16 +233,16 @@ async def test_metrics_of_a_real_denial(egress: Egress) -> None:
         'hypeman_egress_accepted_total{outcome="accepted"} 1.0',
         'hypeman_egress_accepted_total{outcome="unregistered"} 0.0',
     ):
-        assert line in told
-    denied = [line for line in told.splitlines() if line.startswith("hypeman_egress_denied_total{")]
+        assert line in text
+    denied = [line for line in text.splitlines() if line.startswith("hypeman_egress_denied_total{")]
     assert sum(float(line.rpartition(" ")[2]) for line in denied) == 1
 
 
 def test_metrics_without_a_running_data_plane(tmp_path: Path) -> None:
     egress_metrics.register(Egress(Settings(address="127.0.0.1", port=0, loops=1), tmp_path))
-    told = [line.partition(" ")[0] for line in metrics.render_metrics().decode().splitlines()]
-    assert "hypeman_egress_requests_total" not in told
-    assert "hypeman_uptime_seconds" in told
+    names = [line.partition(" ")[0] for line in metrics.render_metrics().decode().splitlines()]
+    assert "hypeman_egress_requests_total" not in names
+    assert "hypeman_uptime_seconds" in names
 
 
 def test_usage_of_credentials(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,12 +110,12 @@ def test_golden_conversations_from_the_guests_side(agent: Agent, name: str) -> N
 def test_every_cut(agent: Agent, name: str) -> None:
     """The host's bytes cut in two at every place; each time a new greeting on the same wire."""
     lines = list(golden.read(golden.DIRECTORY / f"{name}.txt"))
-    said = b"".join(data for direction, data in lines if direction == ">")
+    sent = b"".join(data for direction, data in lines if direction == ">")
     expected = b"".join(data for direction, data in lines if direction == "<")
-    for cut in range(1, len(said)):
-        agent.socket.sendall(FLUSH + said[:cut])
+    for cut in range(1, len(sent)):
+        agent.socket.sendall(FLUSH + sent[:cut])
         select.select([agent.socket], [], [], 0.002)  # let the first piece be taken alone
-        agent.socket.sendall(said[cut:])
+        agent.socket.sendall(sent[cut:])
         assert receive(agent, len(expected)) == expected, f"cut at {cut}"
 
 

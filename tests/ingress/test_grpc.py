@@ -43,22 +43,22 @@ def call_all(channel: grpc.Channel) -> dict[str, Any]:
     big = bytes(range(256)) * 12_000
     unary = channel.unary_unary("/lab.Echo/Unary")
     answer, call = unary.with_call(big, metadata=(("authorization", "Bearer x"),), timeout=60)
-    said: dict[str, Any] = {"echoed": answer == big, "trailers": dict(call.trailing_metadata())}
+    result: dict[str, Any] = {"echoed": answer == big, "trailers": dict(call.trailing_metadata())}
     try:
         unary(b"fail", timeout=60)
     except grpc.RpcError as error:
-        said["failed"] = [error.code().name, error.details()]
-    said["server"] = sum(map(len, channel.unary_stream("/lab.Echo/Server")(b"300", timeout=60)))
-    said["client"] = channel.stream_unary("/lab.Echo/Client")((bytes(100_000) for _ in range(50)), timeout=60)
+        result["failed"] = [error.code().name, error.details()]
+    result["server"] = sum(map(len, channel.unary_stream("/lab.Echo/Server")(b"300", timeout=60)))
+    result["client"] = channel.stream_unary("/lab.Echo/Client")((bytes(100_000) for _ in range(50)), timeout=60)
     asked: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     both = channel.stream_stream("/lab.Echo/Both")(iter(asked.get, None), timeout=60)
-    said["both"] = []
+    result["both"] = []
     for number in range(5):  # the next is said when the one before was answered: nothing is held back
         asked.put(b"%d" % number)
-        said["both"].append(next(both))
+        result["both"].append(next(both))
     asked.put(None)
-    said["end"] = both.code().name
-    return said
+    result["end"] = both.code().name
+    return result
 
 
 CALLED = {

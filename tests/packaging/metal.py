@@ -123,8 +123,8 @@ def test_the_world_reaches_its_published_port(appliance: OnMetal) -> None:
 
 
 def test_the_gateway_knows_names(appliance: OnMetal) -> None:
-    said = appliance.hypeman("exec", "counter", "--", "nslookup", "-type=a", "counter.hypeman.local")
-    assert appliance.instance("counter")["network"]["ip"] in said.partition("counter.hypeman.local")[2]
+    output = appliance.hypeman("exec", "counter", "--", "nslookup", "-type=a", "counter.hypeman.local")
+    assert appliance.instance("counter")["network"]["ip"] in output.partition("counter.hypeman.local")[2]
 
 
 def test_the_host_forwards_for_the_uplink_and_guests_only(appliance: OnMetal) -> None:
@@ -292,8 +292,8 @@ def test_a_device_that_is_unplugged_is_reported(appliance: OnMetal) -> None:
     vmms = appliance.vmms()
     appliance.host.qmp("device_del", id="nvme")
     appliance.wait_for_device("disk", missing=True)
-    told = json.loads(appliance.hypeman("--format", "json", "events", "--no-follow", "--since", "0"))
-    assert [one["object"]["name"] for one in told if one["type"] == "device.vanished"] == ["disk"], told
+    events = json.loads(appliance.hypeman("--format", "json", "events", "--no-follow", "--since", "0"))
+    assert [event["object"]["name"] for event in events if event["type"] == "device.vanished"] == ["disk"], events
     assert appliance.vmms() == vmms
     assert appliance.hypeman("exec", "owner", "--", "echo", "there").strip() == "there"
     appliance.hypeman("stop", "owner")

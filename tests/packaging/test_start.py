@@ -51,35 +51,37 @@ def report(program: Path, **variables: str) -> dict[str, list[str]]:
     argv = [str(program), "-c", REPORT, "zero", "a b", ""]
     result = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=30)
     assert result.returncode == 7, result.stderr
-    said: dict[str, list[str]] = {}
+    reported: dict[str, list[str]] = {}
     for line in result.stdout.splitlines():
         kind, _, text = line.partition(" ")
-        said.setdefault(kind, []).append(text)
-    return said
+        reported.setdefault(kind, []).append(text)
+    return reported
 
 
 def test_the_process_is_that_of_the_program_that_was_executed(bundle: Path, tmp_path: Path) -> None:
     link = tmp_path / "hypeman"
     link.symlink_to(bundle / "hypeman")
-    said = report(link)
-    assert said["words"] == ["zero a b "] and said["name"] == ["hypeman"]
-    assert said["file"] == [str(bundle / "hypeman")]
-    assert said["line"][0].startswith(f"{link}|-c|")
+    reported = report(link)
+    assert reported["words"] == ["zero a b "] and reported["name"] == ["hypeman"]
+    assert reported["file"] == [str(bundle / "hypeman")]
+    assert reported["line"][0].startswith(f"{link}|-c|")
 
 
 def test_nothing_of_the_hosts_is_mapped_and_nothing_of_ours_by_others(bundle: Path) -> None:
     preload = str(LOADER.resolve().parent / "libm.so.6")
-    said = report(bundle / "hypeman", LD_PRELOAD=preload, LD_AUDIT=preload, LD_LIBRARY_PATH="/opt/lib")
+    reported = report(bundle / "hypeman", LD_PRELOAD=preload, LD_AUDIT=preload, LD_LIBRARY_PATH="/opt/lib")
     names = {"hypeman", "_internal/bootloader", "_internal/libc.so.6", f"_internal/{LOADER.name}"}
-    assert set(said["code"]) == {str(bundle / name) for name in names}
-    assert "variable LD_LIBRARY_PATH=/opt/lib" in {f"variable {line}" for line in said["variable"]}
-    assert not [line for line in said["variable"] if line.startswith(("LD_PRELOAD", "LD_AUDIT"))]
-    assert said["child"] and not [path for path in said["child"] if path.startswith(str(bundle))]
+    assert set(reported["code"]) == {str(bundle / name) for name in names}
+    assert "variable LD_LIBRARY_PATH=/opt/lib" in {f"variable {line}" for line in reported["variable"]}
+    assert not [line for line in reported["variable"] if line.startswith(("LD_PRELOAD", "LD_AUDIT"))]
+    assert reported["child"] and not [path for path in reported["child"] if path.startswith(str(bundle))]
 
 
 def test_what_an_enclosing_bundle_set_is_replaced(bundle: Path) -> None:
-    said = report(bundle / "hypeman", _PYI_ARCHIVE_FILE="/other", _PYI_PARENT_PROCESS_LEVEL="1", _PYI_SPLASH_IPC="1")
-    assert sorted(said["variable"]) == [f"_PYI_ARCHIVE_FILE={bundle}/hypeman", "_PYI_PARENT_PROCESS_LEVEL=-1"]
+    reported = report(
+        bundle / "hypeman", _PYI_ARCHIVE_FILE="/other", _PYI_PARENT_PROCESS_LEVEL="1", _PYI_SPLASH_IPC="1"
+    )
+    assert sorted(reported["variable"]) == [f"_PYI_ARCHIVE_FILE={bundle}/hypeman", "_PYI_PARENT_PROCESS_LEVEL=-1"]
 
 
 def test_a_missing_loader_is_told(bundle: Path, tmp_path: Path) -> None:

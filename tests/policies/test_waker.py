@@ -66,11 +66,11 @@ async def test_a_packet_wakes(lab: ClockedLab, clock: Clock) -> None:
         await kept.until_state(RUNNING)
         assert not lab.network.waking.is_held(kept.record().id), "released with the restore"
         await kept.quiet()
-        told = await last(kept)
-        assert told is not None and told.by == "tcp from 192.0.2.1 to port 80"
+        wake = await last(kept)
+        assert wake is not None and wake.by == "tcp from 192.0.2.1 to port 80"
         assert kept.record().boots == 2
     async with keeping(lab) as kept:
-        assert await last(kept) == told
+        assert await last(kept) == wake
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ async def test_a_wake_that_fails_is_told_and_not_repeated_at_once(lab: ClockedLa
         assert arrive(kept)
         await kept.quiet()
         assert kept.record().state is STANDBY and lab.network.waking.rejected == [kept.record().id]
-        told = await last(kept)
-        assert told is not None and told.error == "no memory"
+        wake = await last(kept)
+        assert wake is not None and wake.error == "no memory"
         assert not arrive(kept) and len(lab.network.waking.refused) == 1
         await kept.sleep(6)
         assert arrive(kept)
@@ -136,8 +136,8 @@ async def test_a_failure_is_forgotten_once_it_runs_again(
         assert clock.current_time() - begin < RETRY
         assert arrive(kept) and not lab.network.waking.refused
         await kept.until_state(RUNNING)
-        told = await last(kept)
-        assert told is not None and not told.error
+        wake = await last(kept)
+        assert wake is not None and not wake.error
 
 
 @pytest.mark.parametrize(("wake", "wakes"), [(WakeOn.ALL, True), (WakeOn.TRAFFIC, False), (WakeOn.NONE, False)])
@@ -148,8 +148,8 @@ async def test_requests_wake_if_the_policy_says_so(lab: ClockedLab, clock: Clock
             for _ in range(3):
                 nursery.start_soon(use, kept)
         assert (kept.record().state is RUNNING) is wakes
-        told = await last(kept)
-        assert (told.by if told is not None else None) == ("exec" if wakes else None)
+        woken = await last(kept)
+        assert (woken.by if woken is not None else None) == ("exec" if wakes else None)
         assert kept.record().boots == (2 if wakes else 1)
 
 

@@ -203,7 +203,7 @@ async def test_ten_thousand_requests_both_ways(
                 counted.clear()
                 with trio.fail_after(20):
                     responses = await asker.ask(request)
-                seen.append((responses, told(caplog), counted.copy()))
+                seen.append((responses, logged(caplog), counted.copy()))
             assert seen[0] == seen[1], request
             plain += is_plain(app, request)
             ended += not seen[0][0][-1]
@@ -242,7 +242,7 @@ async def test_responses_to_what_succeeds_both_ways(app: ApiApp, world: FakeWorl
         await theirs.aclose()
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[Any]:
+def logged(caplog: pytest.LogCaptureFixture) -> list[Any]:
     varying = ("request_id", "ms")
     standard = vars(logging.makeLogRecord({}))
     return [
@@ -431,7 +431,7 @@ async def test_a_client_that_disconnects_cancels_its_handler(
             await gate.cancelled.wait()
             while server._open:
                 await trio.sleep(0.01)
-    assert [fields["status"] for _, fields in told(caplog)] == [499]
+    assert [fields["status"] for _, fields in logged(caplog)] == [499]
 
 
 async def test_a_disconnect_behind_a_request_that_is_not_read(
@@ -448,7 +448,7 @@ async def test_a_disconnect_behind_a_request_that_is_not_read(
         await stream.aclose()
         with trio.fail_after(5):
             await gate.cancelled.wait()
-    assert [fields["status"] for _, fields in told(caplog)] == [499]
+    assert [fields["status"] for _, fields in logged(caplog)] == [499]
 
 
 async def test_the_connection_goes_on_after_a_time_limit(
@@ -462,7 +462,7 @@ async def test_the_connection_goes_on_after_a_time_limit(
         assert gate.cancelled.is_set()
         gate.may_go_on.set()
         assert await status(reader) == 200
-    assert [fields["status"] for _, fields in told(caplog)] == [504, 200]
+    assert [fields["status"] for _, fields in logged(caplog)] == [504, 200]
 
 
 async def test_shutdown_waits_for_a_handler_and_closes_what_is_idle(app: ApiApp, gate: Gate, head: bytes) -> None:

@@ -15,7 +15,7 @@ from hypeman.server.app import ApiApp
 from hypeman.server.routes import OPERATIONS
 from hypeman.tokens import Scope, mint
 from tests.fakes.services import FakeWorld
-from tests.server.test_plain import SECRET, Gate, not_quart, serving, told
+from tests.server.test_plain import SECRET, Gate, logged, not_quart, serving
 
 Fields = list[tuple[str, str]]
 
@@ -107,7 +107,7 @@ async def test_responses_both_ways(app: ApiApp, world: FakeWorld, caplog: pytest
                     with trio.fail_after(20):
                         head, body = await client.ask(method, path, *fields)
                     varying = {"date"} | ({"x-request-id"} if ("x-request-id", "given") not in fields else set())
-                    seen.append(([one for one in head if one[0] not in varying], body, told(caplog)))
+                    seen.append(([one for one in head if one[0] not in varying], body, logged(caplog)))
                 assert seen[0] == seen[1], (method, path, fields)
 
 
@@ -154,7 +154,7 @@ async def test_a_client_that_gives_up_cancels_its_handler(
             await gate.cancelled.wait()
             while server._open:
                 await trio.sleep(0.01)
-    assert [fields["status"] for _, fields in told(caplog)] == ([499, 200] if reset else [499])
+    assert [fields["status"] for _, fields in logged(caplog)] == ([499, 200] if reset else [499])
 
 
 async def test_a_time_limit(

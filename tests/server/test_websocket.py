@@ -27,7 +27,7 @@ from hypeman.server.heads import upgrade_headers
 from hypeman.server.websocket import MAX_MESSAGE, WebSocket
 from hypeman.tokens import mint
 from tests.fakes.services import FakeWorld
-from tests.server.test_plain import SECRET, serving, told, unvaried
+from tests.server.test_plain import SECRET, logged, serving, unvaried
 
 _CONTROL: dict[type, int] = {Ping: PING, Pong: PONG, CloseConnection: CLOSE}
 
@@ -291,7 +291,7 @@ async def test_refusals_and_acceptance_both_ways(
                         data += b"".join([bytes(chunk) async for chunk in stream])
                         await trio.testing.wait_all_tasks_blocked()
                 first, _, rest = data.partition(b"\r\n\r\n")
-                seen.append((unvaried(first), rest, told(caplog)))
+                seen.append((unvaried(first), rest, logged(caplog)))
             assert seen[0] == seen[1], each
 
 

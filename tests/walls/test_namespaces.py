@@ -29,7 +29,7 @@ def program(tmp_path: Path, *argv: str, **changes: object) -> Program:
     return msgspec.structs.replace(whole, **changes)
 
 
-async def said(tmp_path: Path, wanted: Program) -> str:
+async def output_of(tmp_path: Path, wanted: Program) -> str:
     process: Process = await Processes().spawn(wanted)
     with trio.fail_after(60):
         await process.wait()
@@ -94,7 +94,7 @@ async def test_these_calls_are_refused_for_every_kind(jailer: bool, tmp_path: Pa
     """As root, who would be allowed most of them: it is the filter that refuses."""
     calls = {**CALLS, **({} if jailer else WITHOUT_JAILER)}
     numbers = [str(number) for number in calls.values()]
-    text = await said(tmp_path, program(tmp_path, PYTHON, "-c", CALL, *numbers, uid=0, gid=0, jailer=jailer))
+    text = await output_of(tmp_path, program(tmp_path, PYTHON, "-c", CALL, *numbers, uid=0, gid=0, jailer=jailer))
     answers = dict(line.split() for line in text.splitlines())
     assert {name for name, number in calls.items() if answers[str(number)] != "1"} == set(), "EPERM"
 
@@ -137,7 +137,7 @@ async def test_no_abstract_socket_and_no_notification_socket_is_reached(tmp_path
         abstract.bind("\0hypeman-test-walls")
         named.bind(str(place))
         place.chmod(0o777)
-        text = await said(
+        text = await output_of(
             tmp_path,
             program(tmp_path, PYTHON, "-c", SEND, "@hypeman-test-walls", str(place), root_files=SYSTEM),
         )
@@ -151,7 +151,7 @@ async def test_no_abstract_socket_and_no_notification_socket_is_reached(tmp_path
 async def test_processes_of_others_are_not_there(tmp_path: Path) -> None:
     with subprocess.Popen(["/bin/sleep", "60"]) as other:
         script = "import os; print(os.getpid(), sorted(filter(str.isdigit, os.listdir('/proc'))))"
-        text = await said(tmp_path, program(tmp_path, PYTHON, "-c", script, root_files=SYSTEM))
+        text = await output_of(tmp_path, program(tmp_path, PYTHON, "-c", script, root_files=SYSTEM))
         other.kill()
     assert text.split("\n")[0] == "1 ['1']"
 
