@@ -38,22 +38,21 @@ STREAM_HOST = "sse.example.com"
 GO_HOST = "go.example.com"
 GIT_HOST = "git.example.com"
 DATABASE_HOST = "db.example.com"
-MYSQL_HOST, SHA2_HOST, SHA2_PORT = "mysql.example.com", "sha2.example.com", 3307
+MYSQL_HOST = "mysql.example.com"
 S3_HOST, TABLE_HOST = "s3.eu-west-1.amazonaws.com", "dynamodb.eu-west-1.amazonaws.com"
 ORIGINS = {GRPC_HOST: "93.184.216.35", SOCKET_HOST: "93.184.216.36", STREAM_HOST: "93.184.216.37",
            GO_HOST: "93.184.216.38", GIT_HOST: "93.184.216.39", S3_HOST: "93.184.216.40",
-           TABLE_HOST: "93.184.216.40", DATABASE_HOST: "93.184.216.41", MYSQL_HOST: "93.184.216.42",
-           SHA2_HOST: "93.184.216.43"}  # fmt: skip
+           TABLE_HOST: "93.184.216.40", DATABASE_HOST: "93.184.216.41", MYSQL_HOST: "93.184.216.42"}  # fmt: skip
 """Hosts with a rule, as HOST and own.test are, and where their servers listen."""
 
-RULES_WITH_SECRET = 4
+RULES_WITH_SECRET = 3
 """Those below that have it as it is."""
 BEARER_HOSTS = (GRPC_HOST, SOCKET_HOST, STREAM_HOST, GO_HOST)
 
 NFT = f"""
 table ip t {{
   chain pre {{ type nat hook prerouting priority -100;
-    iifname "hg0" tcp dport {{ 80, 443, 5432, 3306, {SHA2_PORT} }} dnat to 10.77.0.1:{PORT}
+    iifname "hg0" tcp dport {{ 80, 443, 5432, 3306 }} dnat to 10.77.0.1:{PORT}
   }}
 }}
 """
@@ -142,9 +141,7 @@ class Lab:
                 "inject": [{"hosts": [DATABASE_HOST], "as": {"postgres": {"user": "app"}}}],
             }, "MYSQL_PWD": {
                 "source": {"env": "K"},
-                "inject": [{"hosts": [MYSQL_HOST], "as": {"mysql": {"user": "app"}}},
-                           {"hosts": [SHA2_HOST], "ports": [SHA2_PORT],
-                            "as": {"mysql": {"user": "app", "auth": "sha2"}}}],
+                "inject": [{"hosts": [MYSQL_HOST], "as": {"mysql": {"user": "app"}}}],
             }}, {"K": SECRET, "AWS_KEYS": VALUE}]],
         }  # fmt: skip
         proxy = self.start(self.host, sys.executable, "-m", "tests.egress.proxy_process", json.dumps(told),
