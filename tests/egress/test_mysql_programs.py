@@ -1,9 +1,13 @@
-"""Debian's mariadb and PyMySQL in a redirected guest's place, in front of a real server of MariaDB."""
+"""Debian's mariadb, PyMySQL and Go's driver in a redirected guest's place, in front of a real server of MariaDB."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -113,6 +117,31 @@ def test_pymysql(shop: Shop, encryption: str) -> None:
     mariadb(shop, "create or replace table p (n int)", "shop")
     said = shop.lab.in_guest(sys.executable, "-c", PYMYSQL, MYSQL_HOST, encryption, str(shop.lab.dir / "bundle.pem"))
     assert said.split() == ["app@%", "1", "True", "200010000", "100"]
+
+
+GO_DRIVER = "v1.9.3"
+GO_CLIENT = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hypeman-build" / f"mysql-{GO_DRIVER}"
+
+
+@pytest.fixture(scope="module")
+def go_client() -> Path:
+    """Built once, by a toolchain and the driver from the proxy of modules."""
+    if not (GO_CLIENT / "client").exists():
+        if shutil.which("go") is None:
+            pytest.skip("go is not installed")
+        GO_CLIENT.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(__file__).with_name("mysql_client.go"), GO_CLIENT / "main.go")
+        (GO_CLIENT / "go.mod").write_text("module client\n")
+        for command in (["get", f"github.com/go-sql-driver/mysql@{GO_DRIVER}"], ["build", "-o", "client", "."]):
+            subprocess.run(["go", *command], cwd=GO_CLIENT, check=True, env=os.environ | {"CGO_ENABLED": "0"})
+    return GO_CLIENT / "client"
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_go_driver(shop: Shop, go_client: Path, encrypted: bool) -> None:
+    """It sends the server name; a prepared statement too."""
+    roots = str(shop.lab.dir / "bundle.pem") if encrypted else ""
+    assert shop.lab.in_guest(str(go_client), MYSQL_HOST, roots).split() == ["app@%", "500445"]
 
 
 def test_the_password_is_nowhere_else(shop: Shop) -> None:
