@@ -26,9 +26,9 @@ services:
 SETTINGS = "hypervisor: {accelerator: tcg}\nlog: {level: info}\n"
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Root]:
-    with overlay(make_root("bookworm"), tmp_path_factory.mktemp("root")) as made:
+@pytest.fixture(scope="module", params=["bookworm", "bullseye"])
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Root]:
+    with overlay(make_root(request.param), tmp_path_factory.mktemp("root")) as made:
         yield made
 
 
