@@ -6,7 +6,9 @@ All start from `scratch` and this host's static busybox, so that no registry is 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import trio
 
+from tests.bench.harness import forget_peak, peak_memory
 from tests.builds.against import Buildah, compare
 from tests.builds.guest import BASE, build, building, follow, output_of, request
 from tests.images.trees import describe, mounted
@@ -192,6 +195,8 @@ async def test_dockerfiles(directory: Path) -> None:
         await check_against_buildah(appliance, directory, {name: done for name, (done, _) in results.items()})
         await check_config(appliance)
         await check_provenance(appliance)
+        await check_platforms(appliance)
+        await check_scoped_cache(appliance)
 
 
 async def judge(appliance: Appliance, name: str, done: Any, log: list[str]) -> str:
@@ -255,6 +260,71 @@ async def check_provenance(appliance: Appliance) -> None:
         kinds = [manifest.get("annotations", {}).get("vnd.docker.reference.type") for manifest in index["manifests"]]
         assert kinds == [None, "attestation-manifest"], index
     assert "attested" in await output_of(appliance, "team/attested", "attested")
+
+
+async def check_platforms(appliance: Appliance) -> None:
+    """An image for two platforms is one index; here, that of the host runs."""
+    text = "FROM scratch\nARG TARGETARCH\nCOPY bin/busybox /bin/sh\nLABEL for=$TARGETARCH\nCMD echo runs\n"
+    done, log = await build(
+        appliance, {**BASE, "Dockerfile": text}, image_name="team/two:v1", platform="linux/amd64,linux/arm64"
+    )
+    assert done["status"] == "ready", (done, log)
+    index = (await appliance.ask("GET", "/v2/team/two/manifests/v1")).json()
+    assert [one["platform"]["architecture"] for one in index["manifests"]] == ["amd64", "arm64"], index
+    assert "runs" in await output_of(appliance, "team/two:v1", "two")
+
+
+async def check_scoped_cache(appliance: Appliance) -> None:
+    """Builds without a builder share a cache in the registry by its name; two of other names do not."""
+    files: Files = {**BASE, "Dockerfile": BUSYBOX + "RUN echo shared > /file\n"}
+    for scope, cached in (("team/a", False), ("team/a", True), ("team/b", False)):
+        done, log = await build(appliance, files, cache_scope=scope, image_name="team/scoped")
+        assert done["status"] == "ready", (done, log)
+        assert any(line.endswith("CACHED") for line in log) is cached, (scope, log)
+    tags = (await appliance.ask("GET", "/v2/cache/team/a/tags/list")).json()["tags"]
+    assert tags == ["latest"]
+
+
+async def test_ten_uploads_and_two_builds_at_once(directory: Path) -> None:
+    """All of them end well, and what passes through the server takes no memory in it."""
+    uploads, size, piece = 10, 24 << 20, 1 << 20
+    async with building(directory) as appliance:
+        before = forget_peak(appliance.pid)
+        done = list[Any]()
+
+        async def one_build(number: int) -> None:
+            files: Files = {
+                **BASE,
+                "big": os.urandom(size),
+                "Dockerfile": BUSYBOX + f"COPY big /{number}\nCMD echo {number}\n",
+            }
+            made, log = await build(appliance, files, image_name=f"many/build{number}")
+            done.append(made)
+            assert made["status"] == "ready", (made, log)
+
+        async def one_upload(number: int) -> None:
+            data = os.urandom(size)
+            digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+            at = (await appliance.ask("POST", f"/v2/many/{number}/blobs/uploads/")).headers["location"]
+            for begin in range(0, size, 8 * piece):
+                sent = await appliance.ask("PATCH", at, content=data[begin : begin + 8 * piece])
+                assert sent.status_code == 202, sent.text
+            assert (await appliance.ask("PUT", at, params={"digest": digest})).status_code == 201
+            found = await appliance.ask(
+                "GET", f"/v2/many/{number}/blobs/{digest}", headers={"Range": f"bytes={piece}-"}
+            )
+            assert found.status_code == 206 and found.content == data[piece:]
+
+        async with trio.open_nursery() as nursery:
+            for number in range(2):
+                nursery.start_soon(one_build, number)
+            for number in range(uploads):
+                nursery.start_soon(one_upload, number)
+        grown = peak_memory(appliance.pid) - before
+        print(f"the server had {before >> 20} MB, and {grown >> 20} MB more while it received {12 * size >> 20} MB")
+        assert grown < 64 << 20
+        for number in range(2):
+            assert str(number) in await output_of(appliance, f"many/build{number}", f"many{number}")
 
 
 async def test_cancelled_limited_and_killed(directory: Path) -> None:

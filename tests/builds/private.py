@@ -70,12 +70,23 @@ async def test_what_is_lent_to_a_build_works_and_stays_nowhere(directory: Path) 
             assert refused["status"] == "failed" and "401" in refused["error"], (refused, log)
             done, log = await build(appliance, files, **fields, registry_auth=login(PASSWORD))
             assert done["status"] == "ready", (done, log)
+            await check_cache_elsewhere(appliance)
         await wait_no_vm(appliance)
         assert f"from the server, {len(SECRET)} bytes" in await output_of(appliance, "team/cloned", "cloned")
         words = [PASSWORD, SECRET, key.splitlines()[2], base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()]
         for word in words:
             assert files_with(server, word.encode()) == []
             assert not any(word in line for line in log)
+
+
+async def check_cache_elsewhere(appliance: Appliance) -> None:
+    """BuildKit's own cache in another registry, written by one build and read by another, each without a builder."""
+    text = f"FROM {REGISTRY}/private/tools:v1\nRUN echo shared > /file\n"
+    place = f"type=registry,ref={REGISTRY}/private/cache"
+    for fields in ({"cache_to": [f"{place},mode=max"]}, {"cache_from": [place]}):
+        done, log = await build(appliance, {"Dockerfile": text}, registry_auth=login(PASSWORD), **fields)
+        assert done["status"] == "ready", (done, log)
+        assert any(line.endswith("CACHED") for line in log) is ("cache_from" in fields), log
 
 
 def login(password: str) -> dict[str, Any]:
