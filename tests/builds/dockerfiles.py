@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import trio
 
 from tests.bench.harness import forget_peak, peak_memory
 from tests.builds.against import Buildah, compare
-from tests.builds.guest import BASE, build, building, follow, output_of, request
+from tests.builds.guest import BASE, build, building, finished, follow, output_of, request
 from tests.images.trees import describe, mounted
 from tests.real.appliance import Appliance, check_host, short_directory
 
@@ -328,7 +329,7 @@ async def test_ten_uploads_and_two_builds_at_once(directory: Path) -> None:
 
 
 async def test_cancelled_limited_and_killed(directory: Path) -> None:
-    """A running build ends at once, at its limit, and with a killed server; the next one succeeds, with the cache."""
+    """A running build ends at once, at its limit, and with its VMM or server; the next one succeeds, with the cache."""
     forever: Files = {**BASE, "Dockerfile": BUSYBOX + "RUN echo begun && sleep 100000\n"}
     async with building(directory) as appliance:
         await appliance.post("/builders", {"id": "b", "disk_size_gb": 2})
@@ -345,6 +346,14 @@ async def test_cancelled_limited_and_killed(directory: Path) -> None:
         log = [event["content"] for event in await lines_so_far(appliance, second["id"])]
         assert any("begins again" in line for line in log) and any(line.endswith("CACHED") for line in log), log
         await appliance.delete(f"/builds/{second['id']}")
+
+        third = await request(appliance, forever, builder_id="b")
+        await wait_line(appliance, third["id"], "begun")
+        [vmm] = appliance.vmms()
+        os.kill(vmm, signal.SIGKILL)
+        done, log = await finished(appliance, third)
+        assert done["status"] == "failed" and done["error"], (done, log)
+        print(f"a build whose VMM is killed: {done['error']}")
 
         done, log = await build(appliance, forever, builder_id="b", timeout_seconds="60")
         assert done["status"] == "failed" and "60 s" in done["error"], (done, log)
