@@ -456,6 +456,17 @@ class Instances:
         task = self.tasks.of(ref)
         await task.perform(Command.DELETE, partial(delete, graceful=graceful))
 
+    async def delete_ended(self, instance_id: str, boots: int) -> None:
+        """Delete an instance whose boot number ``boots`` has ended. A start that is under way, which ``delete`` would
+        overtake, is waited for. Raises InvalidState if it was started again."""
+
+        async def delete_it(owned: Owned) -> None:
+            if owned.record.state is not InstanceState.STOPPED or owned.record.boots != boots:
+                raise InvalidState("it was started again")
+            await delete(owned)
+
+        await self.tasks.of(instance_id).perform(None, delete_it)
+
     async def standby(self, ref: str, request: StandbyInstanceRequest) -> Instance:
         """Save the VM; compress later if the request, the instance or the server says so (in this order)."""
         await self._catalog.wait_ready()

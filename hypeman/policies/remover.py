@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 
 import trio
 
-from hypeman.errors import HypemanError, NotFound
+from hypeman.errors import HypemanError, InvalidState, NotFound
 from hypeman.instances.model.policies import restart_rules
 from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.types import InstanceState, RestartMode
@@ -52,9 +52,11 @@ class Remover:
 
     async def _remove(self, record: InstanceRecord) -> None:
         try:
-            await self._context.instances.delete(record.id)
+            await self._context.instances.delete_ended(record.id, record.boots)
         except NotFound:
             pass  # by a client
+        except InvalidState:  # a client has started it again
+            await trio.sleep(GRACE.total_seconds())
         except HypemanError as error:
             log.warning("instance %s, which has ended, cannot be deleted: %s", record.id, error)
             await trio.sleep(PAUSE)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import pytest
+import trio
 from trio.abc import Clock
 
 from hypeman.errors import HypemanError, InvalidRequest
+from hypeman.hypervisor.interface import VmConfig
 from hypeman.instances.model.types import (
     ForkInstanceRequest,
     InstanceState,
     NetworkRequest,
     RestartMode,
     RestartPolicy,
+    StartInstanceRequest,
     TargetState,
     UpdateInstanceRequest,
 )
+from tests.fakes.fake_vmm import FakeVmm
 from tests.instances.fake_world import request
 from tests.policies.keeping import ClockedLab, Kept, keeping
 
@@ -78,18 +82,37 @@ async def test_a_deletion_that_fails_is_tried_again(
     async with keeping(lab) as kept:
         await make(kept)
         tries = []
-        delete = kept.instances.delete
+        delete = kept.instances.delete_ended
 
-        async def fails_once(ref: str) -> None:
-            tries.append(ref)
+        async def fails_once(instance_id: str, boots: int) -> None:
+            tries.append(instance_id)
             if len(tries) == 1:
                 raise HypemanError("the disk is full")
-            await delete(ref)
+            await delete(instance_id, boots)
 
-        monkeypatch.setattr(kept.instances, "delete", fails_once)
+        monkeypatch.setattr(kept.instances, "delete_ended", fails_once)
         await kept.end(0)
         await kept.until(lambda: there(kept) == [], 100)
         assert len(tries) == 2
+
+
+async def test_one_that_is_started_again_stays(lab: ClockedLab, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `restart` does: the start of its VMM takes longer than an ended instance is kept."""
+    async with keeping(lab) as kept, trio.open_nursery() as nursery:
+        await make(kept)
+        await kept.instances.stop("one")
+        launch = lab.driver.launch
+
+        async def launch_late(config: VmConfig) -> FakeVmm:
+            await trio.sleep(20)
+            return await launch(config)
+
+        monkeypatch.setattr(lab.driver, "launch", launch_late)
+        nursery.start_soon(kept.instances.start, "one", StartInstanceRequest())
+        await kept.sleep(60)
+        assert kept.record().state is InstanceState.RUNNING
+        await kept.end(0)
+        await kept.until(lambda: there(kept) == [], 10)
 
 
 async def test_it_has_no_restart_policy_and_its_forks_stay(lab: ClockedLab, clock: Clock) -> None:
