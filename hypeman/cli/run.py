@@ -239,7 +239,8 @@ def run_attached(session: Session, body: dict[str, Any], *, tty: bool, remove: b
 
     client = session.client
     image = client.get(image_path(body["image"]))
-    if remove:
+    is_guarded = remove and "ttl" not in body
+    if is_guarded:
         body = {"ttl": _UNTIL_ATTACHED, **body}
     ensure_volumes(client, body)
     made = client.post("/instances", {**body, "idle": True})
@@ -255,7 +256,7 @@ def run_attached(session: Session, body: dict[str, Any], *, tty: bool, remove: b
             booted = client.call("GET", f"{path}/wait", query=query, timeout=_WATCH_SECONDS + 10)
             if booted["state"] != "Running":
                 fail(booted.get("state_error") or f"{name} is {booted['state']}", f"hypeman logs --source vmm {name}")
-            if body.get("ttl") == _UNTIL_ATTACHED:
+            if is_guarded:
                 client.call("PATCH", path, {"ttl": "0s"})
         return run_program(session, name, tuple(program), tty=tty, wait_for_agent=int(_WATCH_SECONDS), main=True)
     except Left:

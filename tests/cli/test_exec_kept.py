@@ -238,3 +238,13 @@ def test_a_run_that_is_ended_ends_its_instance(tmp_path: Path, idle: Agent, numb
         [request] = [asked for what, asked in server.world.instances.asked if what == "create"]
         assert (request.idle, request.auto_remove, request.ttl) == (True, True, "10m")
         assert [asked.ttl for what, asked in server.world.instances.asked if what == "update"] == ["0s"]
+
+
+def test_a_ttl_that_was_given_stays(tmp_path: Path, idle: Agent) -> None:
+    with Upgraded(tmp_path, idle) as server:
+        command = [sys.executable, "-m", "hypeman", "--base-url", server.url, "run", "-i", "--rm", "--ttl", "10m"]
+        done = subprocess.run([*command, "nginx", "true"], stdin=subprocess.DEVNULL, timeout=60, check=False)
+        assert done.returncode == 0
+        [request] = [asked for what, asked in server.world.instances.asked if what == "create"]
+        assert request.ttl == "10m"
+        assert [asked for what, asked in server.world.instances.asked if what == "update"] == []
