@@ -422,6 +422,13 @@ def _equal(first: Any, *others: Any) -> bool:
     return any(_text(first) == _text(other) for other in others)
 
 
+def _first(values: Sequence[Any], *, false: bool) -> Any:
+    """The first that is false, or true; else the last."""
+    if not values:
+        raise ValueError("arguments are missing")
+    return next((value for value in values if _is_true(value) is not false), values[-1])
+
+
 _LITERALS: Mapping[str, Any] = {"true": True, "false": False, "nil": None}
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "json": _json,
@@ -436,6 +443,6 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "eq": _equal,
     "ne": lambda first, second: not _equal(first, second),
     "not": lambda value: not _is_true(value),
-    "and": lambda *values: next((value for value in values if not _is_true(value)), values[-1]),
-    "or": lambda *values: next((value for value in values if _is_true(value)), values[-1]),
+    "and": lambda *values: _first(values, false=True),
+    "or": lambda *values: _first(values, false=False),
 }

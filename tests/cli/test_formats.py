@@ -87,6 +87,7 @@ def test_what_is_no_template(template: str, message: str) -> None:
         ("{{.Nothing.Status}}", "has no field .Status"),
         ("{{index .Env 2}}", "there is no element 2 of 2"),
         ("{{len 5}}", "len: "),
+        ("{{and}}", "and: arguments are missing"),
         ("{{.Name 5}}", "takes no arguments"),
         ("{{range .Name}}x{{end}}", "a list or a map"),
         ("{{$x}}", r"there is no variable \$x"),
