@@ -772,3 +772,11 @@ def test_a_rule_with_options() -> None:
     rule = parse_rule("a.b:8443=web:1,tls,redirect-http,request-header-auth=X-Key:some:value")
     assert rule["request_header_auth"] == {"header": "X-Key", "value": "some:value"}
     assert (rule["tls"], rule["redirect_http"], rule["match"]["port"]) == (True, True, 8443)
+
+
+def test_a_push_is_cancelled(cli: Any, server: Any) -> None:
+    made = cli("push", "-d", "team/app", "quay.io/team/app").stdout.split()[0]
+    assert cli("push", "cancel", made).stdout == f"{made}\n"
+    assert server.world.pushes.pushes[made].error == "cancelled"
+    again = cli("push", "cancel", made)
+    assert (again.exit_code, "is over" in again.stderr) == (1, True)
