@@ -19,6 +19,7 @@ import trio
 import zstandard
 
 from hypeman import backup
+from hypeman.cli.backup import counted
 from hypeman.errors import Conflict, HypemanError, InvalidRequest, NotFound, StoreError
 from hypeman.host.files import HostError
 from hypeman.host.tarballs import pack
@@ -262,3 +263,8 @@ async def test_the_backup_of_a_newer_version_is_refused(
     store.close()
     with pytest.raises(StoreError, match="newer"):
         await trio.to_thread.run_sync(backup.create, paths, file)
+
+
+def test_it_is_said_what_a_backup_has() -> None:
+    about = {"instances": ["web"], "images": 3, "volumes": 0, "snapshots": 1}
+    assert counted(about) == "1 instance, 3 images, 0 volumes and 1 snapshot"

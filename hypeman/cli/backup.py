@@ -32,7 +32,7 @@ def create_backup(session: Session, file: Path, config_file: Path | None) -> Non
     if about["left_out"]:
         click.echo(f"left out, since they have a VM: {', '.join(about['left_out'])}", err=True)
         click.echo("  their snapshots are contained; put them into standby to have them too", err=True)
-    session.show(about, lambda: f"{file}: {_counted(about)}")
+    session.show(about, lambda: f"{file}: {counted(about)}")
 
 
 @backup.command("restore")
@@ -42,10 +42,10 @@ def create_backup(session: Session, file: Path, config_file: Path | None) -> Non
 def restore_backup(session: Session, file: Path, config_file: Path | None) -> None:
     """Fill the empty data directory from FILE, before the server starts."""
     about = _run(config_file, lambda module, paths: module.restore(paths, file.absolute()))
-    session.show(about, lambda: f"restored from {about['created_at']}: {_counted(about)}")
+    session.show(about, lambda: f"restored from {about['created_at']}: {counted(about)}")
 
 
-def _counted(about: dict[str, Any]) -> str:
+def counted(about: dict[str, Any]) -> str:
     counts = {"instance": len(about["instances"])} | {
         kind: about[f"{kind}s"] for kind in ("image", "volume", "snapshot")
     }

@@ -41,7 +41,7 @@ SPEC = InstanceSpec(
     gpu_profile="p", volumes=(VolumeMount(volume_id="v", mount_path="/v", readonly=True),), entrypoint=("/init",),
     cmd=("x",), user="1000", working_dir="/srv", hostname="web.example",
     idle=True, skip_guest_agent=True, snapshot_policy=SnapshotPolicy(), auto_standby=AutoStandbyPolicy(),
-    health_check=HealthCheck(), restart_policy=RestartPolicy(),
+    health_check=HealthCheck(), restart_policy=RestartPolicy(), auto_remove=True,
 )  # fmt: skip
 CONFIG = VmConfig(
     instance_id="source", name="source", vcpus=3, memory_bytes=1 << 30, kernel="/k", initrd=None, cmdline="",
@@ -56,7 +56,7 @@ SOURCE = InstanceRecord(
 )  # fmt: skip
 
 KEPT = {"digest", "boots", "nonce", "ports"}
-SPEC_NOT_KEPT = {"credentials", "hostname"}
+SPEC_NOT_KEPT = {"credentials", "hostname", "auto_remove"}
 
 
 def changed(before: msgspec.Struct, after: msgspec.Struct) -> set[str]:

@@ -107,6 +107,7 @@ def test_the_answer_to_clients() -> None:
         auto_standby=AutoStandbyPolicy(),
         health_check=HealthCheck(),
         restart_policy=RestartPolicy(),
+        auto_remove=True,
         phase_durations_ms={"created": 5, "running": 24 * 3600 * 1000},
         current_phase="running",
         current_phase_since=THEN,

@@ -131,7 +131,8 @@ def test_everything_that_is_requested_is_in_the_spec() -> None:
     )
     assert check(skip_guest_agent=True).skip_guest_agent and not check(network={"enabled": False}).network
     same = {field.name for field in msgspec.structs.fields(InstanceSpec) if getattr(spec, field.name) == field.default}
-    assert same == {"network", "skip_guest_agent"}, "of every other field something is seen"
+    assert same == {"network", "skip_guest_agent", "auto_remove"}, "of every other field something is seen"
+    assert check(auto_remove=True).auto_remove
 
 
 CREDENTIAL = {"K": {"source": {"env": "REAL"}, "inject": [{"as": {"header": "X", "format": "${value}"}}]}}

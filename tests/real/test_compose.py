@@ -22,7 +22,7 @@ services:
     image: {IMAGE}
     command: sh -c "cat /conf/greeting; id -u; touch /conf/x || echo read-only; sleep 100000"
     mem_limit: 256m
-    volumes: ["./conf:/conf:ro", "./own.conf:/etc/own.conf:ro", "./state:/var/state"]
+    volumes: ["./conf:/conf:ro", "./own.conf:/etc/own.conf:ro", "./own.conf:/etc/hosts:ro", "./state:/var/state"]
     configs: [{{source: greeting, target: /etc/deep/greeting, mode: 0400}}, by-default]
     develop: {{watch: [{{action: sync, path: src, target: /srv/new/src}}]}}
 configs: {{greeting: {{content: "hello, $$5"}}, by-default: {{file: ./own.conf}}}}
@@ -44,8 +44,9 @@ async def test_directories_of_a_service(appliance: Appliance, tmp_path: Path) ->
             await trio.sleep(0.2)
         while "read-only" not in printed:
             printed = (await appliance.cli("logs", "s-web"))[1]
-    files = "cat /etc/own.conf /etc/deep/greeting /by-default; stat -c %a /etc/deep/greeting; echo on >> /var/state"
-    assert await appliance.exec("s-web", "sh", "-c", files) == (0, "of this hosthello, $5of this host400\n")
+    files = "cat /etc/own.conf /etc/deep/greeting /by-default /etc/hosts; stat -c %a /etc/deep/greeting"
+    files += "; echo on >> /var/state"
+    assert await appliance.exec("s-web", "sh", "-c", files) == (0, "of this hosthello, $5of this hostof this host400\n")
     code, output = await appliance.cli("volume", "detach", "--instance", "s-web", "s-web-var-state")
     assert (code, "stop the instance first" in output) == (1, True)
     assert (await appliance.cli("restart", "s-web"))[0] == 0
