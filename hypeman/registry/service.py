@@ -62,6 +62,8 @@ IDLE = timedelta(hours=1)
 """After which an upload that receives nothing is dropped."""
 KEPT = timedelta(hours=24)
 """How long blobs and manifests that nothing refers to are kept: clients upload blobs first and tags last."""
+_UNCHECKED = 1 << 20
+"""Bytes that a request may send until the room is looked at again."""
 _COLLECT_SECONDS = 600.0
 _RETRY_SECONDS = 30.0
 _MAX_TAGS = 1000
@@ -287,12 +289,14 @@ class Registry:
                     f"the upload has {upload.size} bytes",
                     headers={"Range": f"0-{max(0, upload.size - 1)}"},
                 )
-            begin = upload.size
+            begin = checked = upload.size
             async for chunk in chunks:
                 if upload.size + len(chunk) > self._max_blob_bytes:
                     await self._drop(name)
                     raise RegistryFailure(Code.SIZE_INVALID, f"a blob may have {self._max_blob_bytes} bytes at most")
-                self._check_room(len(chunk))
+                if upload.size + len(chunk) > checked:
+                    self._check_room(len(chunk))
+                    checked = upload.size + len(chunk) + _UNCHECKED
                 await trio.to_thread.run_sync(upload.add, chunk)
                 if upload.over:
                     raise _unknown_upload()  # cancelled by another request
