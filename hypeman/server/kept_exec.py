@@ -13,7 +13,8 @@ nothing and gets nothing twice. Everything but output and input is in text messa
             {"resize": {"rows": N, "cols": N}}
             {"done": true}                           it has the exit code, or gives up: the program is killed
             {"leave": true}                          it goes, and the program of an idle instance runs on; the server
-                                                     closes
+                                                     closes once the program has read what was sent before,
+                                                     but waits three seconds for that at most
 
 A client sends at most 1 MiB of input that the program has not read. Its other messages may follow that input, and the
 program may want one of them, ``received``, before it reads on: they are taken while the input waits.
@@ -37,6 +38,8 @@ from hypeman.telemetry import metrics
 
 _DONE_SECONDS = 10.0
 """For the client's last message."""
+_LEAVE_SECONDS = 3.0
+"""For the program to read what was typed before its client left."""
 _WAITING = 2 * 1024 * 1024
 """Bytes of input that wait here for the program; no more messages are taken from a client that sends more."""
 
@@ -87,7 +90,7 @@ class KeptExec:
         self._wanted = True
         """False once the program takes no more input."""
         self._changed = trio.Event()
-        """Of the three above."""
+        """Of any of the above."""
 
     async def run(self) -> int | None:
         """The program's exit code; None if the client has ``left``, or the guest's agent was lost, which may come back
@@ -158,6 +161,8 @@ class KeptExec:
                 elif self._input_ended:
                     await self._session.close_stdin()
                     return
+                elif self.left:
+                    return
                 else:
                     await self._changed.wait()
         except HypemanError:
@@ -165,6 +170,8 @@ class KeptExec:
         finally:
             self._wanted = False
             self._announce()
+            if self.left:
+                self._running.cancel()
 
     def _announce(self) -> None:
         self._changed.set()
@@ -182,7 +189,8 @@ class KeptExec:
         if message.leave is not UNSET:
             self.left = True
             self._session.leave()
-            self._running.cancel()
+            self._running.deadline = trio.current_time() + (_LEAVE_SECONDS if self._wanted else 0)
+            self._announce()
         if message.done is not UNSET:
             self._session.end()
             self._done.set()
