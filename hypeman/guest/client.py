@@ -93,7 +93,7 @@ class GuestClient(Channel):
         except BaseException:
             self.close(session, detach=True)
             raise
-        return ExecSession(self, session, key, session.resumed.output if received is None else received)
+        return ExecSession(self, session, key, (session.resumed.output or 0) if received is None else received)
 
     async def _can_keep(self) -> bool:
         with trio.move_on_after(limits.OPEN):

@@ -127,10 +127,10 @@ class Resumed(msgspec.Struct, frozen=True):
     received: int
     """Bytes of input that the guest has."""
     input_ended: bool
-    output: int = 0
-    """Bytes of output before those that follow. This and ``tty`` only if the host did not say how many its client
-    has."""
+    output: int | None = None
+    """Bytes of output before those that follow; None if the host said how many its client has."""
     tty: bool = False
+    """Only if ``output`` is not None."""
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -369,7 +369,8 @@ class Connection:
                 state.awaits_resumption = False
                 state.credit = WINDOW - waiting
                 state.sent = fields.u64(Tag.RECEIVED)
-                ended, output, tty = fields.flag(Tag.INPUT_ENDED), fields.u64(Tag.SENT), fields.flag(Tag.TTY)
+                output = None if fields.get(Tag.SENT) is None else fields.u64(Tag.SENT)
+                ended, tty = fields.flag(Tag.INPUT_ENDED), fields.flag(Tag.TTY)
                 events.append(Resumed(session, state.sent, ended, output, tty))
             case FrameType.EXIT:
                 fields = Fields(payload)

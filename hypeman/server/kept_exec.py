@@ -113,9 +113,10 @@ class KeptExec:
         if resumed is None:
             await self._tell(Kept(self._session.key.hex()))
         else:
-            await self._tell(
-                Resumed(resumed.received, resumed.input_ended, resumed.output or UNSET, resumed.tty or UNSET)
-            )
+            where = Resumed(resumed.received, resumed.input_ended)
+            if resumed.output is not None:
+                where = msgspec.structs.replace(where, output=resumed.output, tty=resumed.tty)
+            await self._tell(where)
         try:
             while isinstance(received := await self._session.receive(), Output):
                 for chunk in chunks(received.data):

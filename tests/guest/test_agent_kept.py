@@ -254,14 +254,15 @@ async def test_a_program_that_is_left_runs_on_and_takes_input_again(idle: Agent,
     await trio.sleep(0.5)
     async with connected(idle) as client:
         session = await client.resume(MAIN_KEY, None)
-        assert session.resumed is not None
-        assert session.resumed.tty is tty
-        session.acknowledge(session.resumed.output)
+        assert session.resumed is not None and session.resumed.tty is tty
+        begin = session.resumed.output
+        assert begin is not None
+        session.acknowledge(begin)
         await session.send_stdin(b"this\n")
         had = b""
         while isinstance(output := await session.receive(), Output):
             had += output.data
-            session.acknowledge(session.resumed.output + len(had))
+            session.acknowledge(begin + len(had))
         assert (b"got this" in had, b"begun" in had, output.exit_code) == (True, False, 3)
         assert (await ended(client)).exit_code == 3
         session.end()

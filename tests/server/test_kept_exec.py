@@ -17,14 +17,15 @@ class SlowReader(ExecSession):
 
     key = b"k" * 16
 
-    def __init__(self, delay: float = 1) -> None:
+    def __init__(self, delay: float = 1, resumed: Resumed | None = None) -> None:
         self.read = b""
         self.is_left = False
+        self._resumed = resumed
         self._delay = delay
 
     @property
     def resumed(self) -> Resumed | None:
-        return None
+        return self._resumed
 
     def leave(self) -> None:
         self.is_left = True
@@ -50,6 +51,7 @@ class Script:
 
     def __init__(self, *messages: str | bytes) -> None:
         self._messages = list(messages)
+        self.sent: list[str | bytes] = []
 
     async def receive(self) -> str | bytes:
         await trio.lowlevel.checkpoint()
@@ -59,16 +61,19 @@ class Script:
 
     async def send(self, message: str | bytes) -> None:
         await trio.lowlevel.checkpoint()
+        self.sent.append(message)
 
 
-async def leave(session: SlowReader, *before: str | bytes) -> KeptExec:
+async def leave(session: SlowReader, *before: str | bytes) -> list[str | bytes]:
+    """Returns what the client was sent."""
     socket: Any = Script(*before, '{"leave":true}')
     kept = KeptExec(socket, session)
     with trio.fail_after(10):
         assert await kept.run() is None
     assert kept.left
     assert session.is_left
-    return kept
+    sent: list[str | bytes] = socket.sent
+    return sent
 
 
 async def test_what_is_typed_before_leaving_arrives(autojump_clock: MockClock) -> None:
@@ -91,3 +96,12 @@ async def test_a_program_that_does_not_read_is_not_waited_for(autojump_clock: Mo
     session = SlowReader(delay=1000)
     await leave(session, b"all\n")
     assert session.read == b""
+
+
+async def test_the_first_message_says_where_the_output_goes_on(autojump_clock: MockClock) -> None:
+    """To a client that did not say how much it has; also if that is nothing."""
+    asked = Resumed(1, 3, False, output=0, tty=False)
+    sent = await leave(SlowReader(resumed=asked), b"wait")
+    assert sent[0] == '{"input":3,"input_ended":false,"output":0,"tty":false}'
+    sent = await leave(SlowReader(resumed=Resumed(1, 3, False)), b"wait")
+    assert sent[0] == '{"input":3,"input_ended":false}'
