@@ -107,23 +107,24 @@ class LogTimes:
     """Notes how logs grow. For one thread at a time."""
 
     def __init__(self) -> None:
-        self._sizes: dict[Path, int] = {}
+        self._noted: dict[Path, int] = {}
 
     def note(self, logs: Iterable[Path]) -> Mapping[Path, int]:
-        """Look at each of ``logs``, and forget all others. Returns the sizes in bytes of those that exist."""
-        self._sizes = {log: size for log in logs if (size := self._note(log)) is not None}
-        return self._sizes
-
-    def _note(self, log: Path) -> int | None:
-        try:
-            found = log.stat()
-            if found.st_size != self._sizes.get(log):
-                last = _last_mark(log)
-                if last is None or last.offset != found.st_size:
-                    _append(log, Mark(found.st_size, found.st_mtime_ns), last)
-        except OSError:
-            return None
-        return found.st_size
+        """Look at each of ``logs``, and forget all others. Returns the sizes in bytes of those that exist, also if they
+        cannot be noted, as on a full disk."""
+        sizes: dict[Path, int] = {}
+        noted: dict[Path, int] = {}
+        for log in logs:
+            with suppress(OSError):
+                found = log.stat()
+                sizes[log] = found.st_size
+                if found.st_size != self._noted.get(log):
+                    last = _last_mark(log)
+                    if last is None or last.offset != found.st_size:
+                        _append(log, Mark(found.st_size, found.st_mtime_ns), last)
+                noted[log] = found.st_size
+        self._noted = noted
+        return sizes
 
 
 def _last_mark(log: Path) -> Mark | None:

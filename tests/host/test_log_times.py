@@ -96,3 +96,15 @@ def test_a_torn_mark_is_replaced(tmp_path: Path) -> None:
     grow(log, "one\n", 7)
     LogTimes().note([log])
     assert read_times(log).marks == (Mark(2, 5), Mark(4, 7 * 10**9))
+
+
+def test_a_log_that_cannot_be_noted_is_measured(tmp_path: Path) -> None:
+    """It may have filled the disk, and is rotated by its size. It is noted when that is possible."""
+    log, times = tmp_path / "app.log", LogTimes()
+    log.write_bytes(b"much\n")
+    marks = Path(f"{log}{SUFFIX}")
+    marks.mkdir()
+    assert times.note([log, tmp_path / "missing.log"]) == {log: 5}
+    marks.rmdir()
+    assert times.note([log]) == {log: 5}
+    assert [mark.offset for mark in read_times(log).marks] == [5]
