@@ -145,7 +145,7 @@ def attach_to_main(session: Session, instance: str) -> int | None:
             first.close()
             return None
         with raw_terminal(running.tty and sys.stdin.isatty()):
-            return running.run()
+            return running.run(interrupt_leaves=True)
     except KeyboardInterrupt:
         running.leave()
         raise Left from None
@@ -253,7 +253,8 @@ class Exec:
             while not self._socket.closed:
                 self._socket.receive_some()
 
-    def run(self) -> int:
+    def run(self, *, interrupt_leaves: bool = False) -> int:
+        """``interrupt_leaves``: Ctrl-C leaves the program as Ctrl-P Ctrl-Q does; else it ends the program."""
         # a socket pair, since Windows can select on sockets only, and macOS has no pipe2
         reading, writing = socketpair()
         with reading, writing, on_resize(lambda: writing.send(b"!")):
@@ -266,6 +267,11 @@ class Exec:
                     except Left:
                         self.leave()
                         raise
+                    except KeyboardInterrupt:
+                        if not interrupt_leaves:
+                            raise
+                        self.leave()
+                        raise Left from None
                     except _Gone:
                         raise
                     except Unreachable:

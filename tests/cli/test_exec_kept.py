@@ -202,6 +202,37 @@ def test_a_program_that_is_left_and_attached_again(tmp_path: Path, idle: Agent) 
             os.close(terminal.fd)
 
 
+def attached(server: Running, line: bytes) -> subprocess.Popen[bytes]:
+    """A client without a terminal, which has had its line answered by the program."""
+    command = [sys.executable, "-m", "hypeman", "--base-url", server.url, "attach", "web"]
+    client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert client.stdin is not None and client.stdout is not None
+    client.stdin.write(line + b"\n")
+    client.stdin.flush()
+    assert client.stdout.readline() == b"got " + line + b"\n"
+    return client
+
+
+def test_ctrl_c_leaves_an_attached_program(tmp_path: Path, idle: Agent) -> None:
+    """As it says: without a terminal there are no other keys for it."""
+    command = "echo here; while read word; do echo got $word; done; sleep 1000"
+    with Upgraded(tmp_path, idle) as server:
+        arguments = ["--base-url", server.url, "run", "-i", "--name", "web2", "nginx", "sh", "-c", command]
+        begun = subprocess.Popen([sys.executable, "-m", "hypeman", *arguments], stdin=-1, stdout=-1)
+        assert begun.stdout is not None and begun.stdout.readline() == b"here\n"
+        begun.kill()
+        begun.communicate()
+        client = attached(server, b"one")
+        client.send_signal(signal.SIGINT)
+        _, errors = client.communicate(timeout=30)
+        assert (client.returncode, errors.strip()) == (0, b"web continues")
+    with Upgraded(tmp_path, idle) as server:  # the first one has ended what its clients wanted to end
+        assert Path(f"/proc/{idle.process.pid}/task/{idle.process.pid}/children").read_text()
+        client = attached(server, b"two")
+        client.kill()
+        client.communicate()
+
+
 def test_who_has_no_program_of_run_is_followed(tmp_path: Path, agent: Agent) -> None:
     with Upgraded(tmp_path, agent) as server:
         log = server.world.instances.log_directory / "web-app.log"
