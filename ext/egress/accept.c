@@ -121,7 +121,7 @@ void accept_all(struct loop *l)
         conn_timer(c, T_HEAD);
         if (mysql_waits(c))
             mysql_begin(c);
-        conn_run(c); /* its first bytes are there, see TCP_DEFER_ACCEPT in engine.c */
+        conn_run(c); /* its first bytes are there, unless hear_at_once in engine.c was called */
     }
 }
 
