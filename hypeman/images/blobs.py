@@ -39,7 +39,7 @@ class Blobs:
         """All that were claimed since the last ``begin_trim``."""
 
     def prepare(self) -> None:
-        """Create the directories and remove incomplete imports of an earlier run."""
+        """Create the directories and remove what an earlier run left of imports and evictions."""
         for path in (self._whole, self._partial):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left_over in self._partial.iterdir():
@@ -151,10 +151,13 @@ class Blobs:
                 break
             if digest in keep:
                 continue
-            with self._lock:
+            aside = self._partial / f"evicted-{secrets.token_hex(8)}"
+            with self._lock:  # which the event loop takes, so not while the space of a large file is freed
                 if digest in self._claimed:
                     continue
-                self.remove(digest)
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(self.path(digest), aside)
+            self.abandon(aside)
             removed += status.st_size
         return removed
 
