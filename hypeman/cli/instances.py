@@ -221,8 +221,9 @@ def _found(client: Client, name: str) -> Any:
     for kind in ("images", "volumes"):
         try:
             return client.get(f"/{kind}/{segment(name)}")
-        except ApiError:
-            continue
+        except ApiError as error:
+            if error.status not in (400, 404):  # 400: not a name that an image or volume can have
+                raise
     raise missing
 
 

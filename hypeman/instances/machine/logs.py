@@ -61,7 +61,9 @@ class Logs:
     async def note_times(self, limit: int) -> Sequence[str]:
         """Note how much each guest has printed until now. Returns the instances whose guest's log is larger than
         ``limit`` bytes."""
-        logs = {self._context.paths.instance(each).log("app"): each for each in self._context.live}
+        live = self._context.live
+        self._old_sizes = {instance: size for instance, size in self._old_sizes.items() if instance in live}
+        logs = {self._context.paths.instance(each).log("app"): each for each in live}
         if not logs:
             return ()
         sizes = await trio.to_thread.run_sync(self._times.note, logs)
