@@ -19,6 +19,8 @@ from tests.real.world import ADDRESS, appliance_in_world
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 COUNTER = ["sh", "-c", "i=0; while true; do i=$((i+1)); echo $i >> /file; sleep 0.1; done"]
+BEGUN = "until [ -s /file ]; do sleep 0.1; done"
+"""Waits for the counter: an instance is Running, and can enter standby, before its program has written anything."""
 
 ECHO = f"""
 import socket
@@ -32,14 +34,14 @@ while True:
 
 
 async def counted(appliance: Appliance, name: str) -> int:
-    code, text = await appliance.exec(name, "tail", "-n", "1", "/file")
+    code, text = await appliance.exec(name, "sh", "-c", f"{BEGUN}; tail -n 1 /file")
     assert code == 0, text
     return int(text)
 
 
 async def check_no_gap(appliance: Appliance, name: str) -> None:
     """Every number the program wrote is in its file, once: nothing ran twice, nothing was lost."""
-    code, text = await appliance.exec(name, "sh", "-c", "cat /file")
+    code, text = await appliance.exec(name, "sh", "-c", f"{BEGUN}; cat /file")
     assert code == 0
     numbers = [int(line) for line in text.split()]
     assert numbers == list(range(1, len(numbers) + 1))
