@@ -200,14 +200,16 @@ void xchg_unask(struct xchg *x)
 
 static bool decide_held(struct loop *l, struct xchg *x, uint64_t token, bool allow)
 {
-    if (!x->held || !x->asked || x->approval != token)
+    if (!x->asked || x->approval != token)
         return false;
     xchg_unask(x);
+    x->approved = allow;
+    if (!x->held) /* the rules have just changed: it is about to be decided again, and asks again if this was a denial */
+        return true;
     x->held = x->waiting = false;
     if (!x->active)
         return true;
     l->payer = x->down->tenant;
-    x->approved = allow;
     if (allow)
         x->down->side->resume(x);
     else

@@ -24,7 +24,7 @@ from hypeman._native.egress import TIMERS as NATIVE_TIMERS
 from hypeman.egress import protocol
 from hypeman.egress.link import Command, EngineLink, Handlers, end_engines, engine_command
 from hypeman.egress.records import read_records
-from hypeman.egress.service import TIMERS, Decide, Egress, Settings, Timeouts
+from hypeman.egress.service import TIMERS, Ask, Decide, Egress, Settings, Timeouts
 from hypeman.egress.types import AccessAction, AccessRule, EgressAccess
 from hypeman.errors import InternalError
 from tests.egress.conftest import GUEST, HOST, SECRET, Request, Wire, World, credential, read_response
@@ -43,7 +43,12 @@ async def engines() -> AsyncGenerator[Path]:
 
 @asynccontextmanager
 async def server(
-    directory: Path, engines: Path, world: World, command: Command = engine_command, **changes: Any
+    directory: Path,
+    engines: Path,
+    world: World,
+    command: Command = engine_command,
+    ask: Ask | None = None,
+    **changes: Any,
 ) -> AsyncGenerator[Egress]:
     """One process of the server, as far as the egress path goes; nothing is accepted yet."""
     settings = Settings(address="127.0.0.1", port=0, loops=2, allow=("127.0.0.0/8",),
@@ -54,6 +59,8 @@ async def server(
 
     settings = msgspec.structs.replace(settings, **changes)
     egress = Egress(settings, directory / "e", resolve=resolve, engines=engines, command=command)
+    if ask is not None:  # before an engine is adopted that asks at once
+        egress.on_approval_needed(ask)
     async with trio.open_nursery() as nursery:
         await nursery.start(egress.run)
         yield egress
@@ -311,15 +318,13 @@ async def test_held_requests_wait_for_the_next_server(world: World, tmp_path: Pa
     async def ask(held: protocol.ApprovalNeeded, decide: Decide) -> None:
         asked.send_nowait((held, decide))
 
-    async with server(tmp_path, engines, world) as first:
-        first.on_approval_needed(ask)
+    async with server(tmp_path, engines, world, ask=ask) as first:
         await first.set_policy("inst-a", GUEST, credentials, secrets, access=rules)
         await first.accept()
         wire = await connect(first, world)
         await wire.send(REQUEST)
         before, _ = await heard.receive()
-    async with server(tmp_path, engines, world) as second:
-        second.on_approval_needed(ask)
+    async with server(tmp_path, engines, world, ask=ask) as second:
         await second.set_policy("inst-a", GUEST, credentials, secrets, access=rules)
         await second.accept()
         again, decide = await heard.receive()
