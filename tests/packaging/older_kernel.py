@@ -48,7 +48,7 @@ def test_linux_5_10_runs_the_server_and_an_instance(host: MetalHost) -> None:
     findings = {finding["name"]: finding for finding in json.loads(found[found.index("[") :])}
     assert findings["kernel"]["verdict"] == "ok" and "Linux 6.1" in findings["kernel"]["message"]
     host.check("hypeman image import --name localhost/hello:1 /root/hello.tar", timeout=SLOW)
-    host.check("hypeman run -d --name web --memory 128MB --cpus 1 localhost/hello:1", timeout=SLOW)
+    host.check("hypeman run -d --name web --memory 128MB --cpus 1 --overlay-size 1GB localhost/hello:1", timeout=SLOW)
     host.check("hypeman wait web --state Running --timeout 20m", timeout=2 * SLOW)
     assert "exec works" in host.check("hypeman exec web -- echo exec works", timeout=SLOW)
     host.check("hypeman rm --force web && dpkg -P hypeman", timeout=SLOW)
