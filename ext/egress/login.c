@@ -91,6 +91,56 @@ bool login_possible(const struct conn *c, enum rule_kind kind)
     return found;
 }
 
+const struct rule *login_password_rule(struct conn *up, const struct login *l, struct snapshot **s)
+{
+    const struct rule *r = NULL;
+    struct conn *c = up->one->down;
+    uint64_t generation;
+    *s = tenant_borrow(c->tenant, &generation);
+    enum reason why = *s ? login_find(c, l, *s, &r) : R_UNREGISTERED;
+    if (why == R_NONE && !rule_is_ready(r, up->loop->now_s))
+        why = R_CREDENTIAL;
+    if (why == R_NONE && c->x.to.tls && !up->ssl)
+        why = R_UPSTREAM_TLS; /* it demands TLS since */
+    if (why == R_NONE)
+        return r;
+    snapshot_release(*s);
+    up_failed(up, why, NULL);
+    return NULL;
+}
+
+void login_note_use(struct conn *up)
+{
+    up->one->injected = 1;
+    up->loop->counters[M_INJECTED]++;
+}
+
+enum step login_give_up(struct conn *up, enum reason why, const char *detail)
+{
+    up_failed(up, why, detail);
+    return STEP_STOP;
+}
+
+void login_run(struct conn *c, enum phase phase, enum step (*one_step)(struct conn *c))
+{
+    for (;;) {
+        if (c->dead || c->phase != phase || c->close_after)
+            return;
+        enum step s = one_step(c);
+        if (s == STEP_AGAIN)
+            continue;
+        if (s == STEP_STOP)
+            return;
+        ssize_t n = conn_read(c);
+        if (n == 0)
+            return;
+        if (n < 0) {
+            conn_lost(c);
+            return;
+        }
+    }
+}
+
 const char *login_hint(enum reason why)
 {
     static const char *const HINTS[] = {

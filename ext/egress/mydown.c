@@ -26,7 +26,7 @@
 
 #include "mysql.h"
 
-/* ── What the guest is told ──────────────────────────────────────────────────────────────────── */
+/* ── Refusals ────────────────────────────────────────────────────────────────────────────────── */
 
 struct my_code {
     unsigned code;
@@ -158,7 +158,7 @@ void my_greet(struct conn *c, const struct my_greeting *theirs)
 {
     struct mysql *my = c->my;
     struct my_greeting g = *theirs;
-    bool native = my_is(g.plugin, MY_NATIVE);
+    bool native = str_is(g.plugin, MY_NATIVE);
     my->offered = (g.capabilities & MY_PASSED) | MY_SSL | MY_PLUGINS | MY_LONG_ANSWER | MY_SECURE | MY_PROTOCOL_41;
     my->offered_further = g.further & MY_PASSED_FURTHER;
     my->plugin = native ? MY_NATIVE : MY_SHA2;
@@ -288,7 +288,7 @@ static bool has_placeholder(struct conn *c, struct str plugin, struct str answer
 static enum step admit(struct conn *c, struct str plugin)
 {
     c->my->known = true;
-    c->my->by_sha2 = my_is(plugin, MY_SHA2);
+    c->my->by_sha2 = str_is(plugin, MY_SHA2);
     connect_host(c);
     return STEP_STOP;
 }
@@ -297,7 +297,7 @@ static enum step admit(struct conn *c, struct str plugin)
 static enum step ask_again(struct conn *c, struct str plugin)
 {
     struct mysql *my = c->my;
-    my->plugin = my_is(plugin, MY_NATIVE) ? MY_NATIVE : MY_SHA2;
+    my->plugin = str_is(plugin, MY_NATIVE) ? MY_NATIVE : MY_SHA2;
     scramble_new(my->scramble);
     struct out o = login_scratch(c);
     my_write_switch(&o, my->sequence++, my->plugin, my->scramble);
@@ -327,7 +327,7 @@ static enum step log_in(struct conn *c)
     struct str plugin = l->capabilities & MY_PLUGINS ? l->plugin : str_of(MY_NATIVE);
     if (has_placeholder(c, plugin, l->answer))
         return admit(c, plugin);
-    if (my_is(plugin, my->plugin))
+    if (str_is(plugin, my->plugin))
         return refuse(c, R_LOGIN_PASSWORD, NULL);
     if (!(l->capabilities & MY_PLUGINS))
         return refuse(c, R_LOGIN_PASSWORD, "the client can only show it by mysql_native_password");
@@ -456,20 +456,5 @@ static enum step one_step(struct conn *c)
 
 void mysql_run(struct conn *c)
 {
-    for (;;) {
-        if (c->dead || c->phase != P_MYSQL || c->close_after)
-            return;
-        enum step s = one_step(c);
-        if (s == STEP_AGAIN)
-            continue;
-        if (s == STEP_STOP)
-            return;
-        ssize_t n = conn_read(c);
-        if (n == 0)
-            return;
-        if (n < 0) {
-            conn_lost(c);
-            return;
-        }
-    }
+    login_run(c, P_MYSQL, one_step);
 }

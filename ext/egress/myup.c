@@ -8,12 +8,6 @@
 
 enum { HEARD_MAX = 64 * 1024 }; /* bytes of the host until the session is ready */
 
-static enum step give_up(struct conn *up, enum reason why, const char *detail)
-{
-    up_failed(up, why, detail);
-    return STEP_STOP;
-}
-
 static struct mysql *of(const struct conn *up)
 {
     return up->one->down->my;
@@ -35,9 +29,9 @@ static enum step refused_at_once(struct conn *up, struct str body)
     struct str state;
     char detail[64];
     if (!my_read_error(body, &code, &state))
-        return give_up(up, R_UPSTREAM_RESPONSE, "it does not greet as MySQL does");
+        return login_give_up(up, R_UPSTREAM_RESPONSE, "it does not greet as MySQL does");
     (void)snprintf(detail, sizeof detail, "it refuses the connection with error %u", code);
-    return give_up(up, R_UPSTREAM_CLOSED, detail);
+    return login_give_up(up, R_UPSTREAM_CLOSED, detail);
 }
 
 static enum step take_greeting(struct conn *up, const struct my_packet *m)
@@ -60,33 +54,14 @@ static enum step take_greeting(struct conn *up, const struct my_packet *m)
 
 /* ── Ours ────────────────────────────────────────────────────────────────────────────────────── */
 
-/* The rule with the password, borrowed from *s; NULL, and it has failed. */
-static const struct rule *password_rule(struct conn *up, struct snapshot **s)
-{
-    const struct rule *r = NULL;
-    struct conn *c = up->one->down;
-    uint64_t generation;
-    *s = tenant_borrow(c->tenant, &generation);
-    enum reason why = *s ? login_find(c, &c->my->login, *s, &r) : R_UNREGISTERED;
-    if (why == R_NONE && !rule_is_ready(r, up->loop->now_s))
-        why = R_CREDENTIAL;
-    if (why == R_NONE && c->x.to.tls && !up->ssl)
-        why = R_UPSTREAM_TLS; /* it demands TLS since */
-    if (why == R_NONE)
-        return r;
-    snapshot_release(*s);
-    up_failed(up, why, NULL);
-    return NULL;
-}
-
 static bool accepts(const struct rule *r, struct str plugin)
 {
     struct str method = r->extra[LOGIN_METHOD];
-    if (my_is(plugin, MY_SHA2))
+    if (str_is(plugin, MY_SHA2))
         return true;
-    if (my_is(plugin, MY_NATIVE))
-        return my_is(method, "native") || my_is(method, "clear");
-    return my_is(plugin, MY_CLEAR) && my_is(method, "clear");
+    if (str_is(plugin, MY_NATIVE))
+        return str_is(method, "native") || str_is(method, "clear");
+    return str_is(plugin, MY_CLEAR) && str_is(method, "clear");
 }
 
 /* What the guest asked for, as far as this host can do it; the same in both packets that have it. */
@@ -134,8 +109,7 @@ void my_begin_host(struct conn *up)
 static void note_use(struct conn *up)
 {
     of(up)->proved = true;
-    up->one->injected = 1;
-    up->loop->counters[M_INJECTED]++;
+    login_note_use(up);
 }
 
 void my_log_in_host(struct conn *up)
@@ -143,12 +117,12 @@ void my_log_in_host(struct conn *up)
     struct snapshot *s;
     struct mysql *my = of(up);
     unsigned char answer[SHA2_ANSWER];
-    const struct rule *r = password_rule(up, &s);
+    const struct rule *r = login_password_rule(up, &of(up)->login, &s);
     if (!r)
         return;
     /* What the server names is its default, and may not be the account's: if we cannot do it, it will ask for that. */
     struct str plugin = my->theirs.plugin.n ? my->theirs.plugin : str_of(MY_NATIVE);
-    if (!accepts(r, plugin) || my_is(plugin, MY_CLEAR))
+    if (!accepts(r, plugin) || str_is(plugin, MY_CLEAR))
         plugin = str_of(MY_SHA2);
     struct my_login l = login_of(my, up->ssl != NULL);
     unsigned n = scramble_answer(plugin, r->value, my->theirs.scramble, answer);
@@ -162,7 +136,7 @@ void my_log_in_host(struct conn *up)
     OPENSSL_cleanse(answer, sizeof answer);
     snapshot_release(s);
     note_use(up);
-    my->asked_by_sha2 = my_is(plugin, MY_SHA2);
+    my->asked_by_sha2 = str_is(plugin, MY_SHA2);
     my->host = MH_ASKED;
     conn_timer(up, T_HANDSHAKE);
     conn_again(up);
@@ -185,11 +159,11 @@ static void send_password(struct conn *up, const struct rule *r)
 static enum step refuse_plugin(struct conn *up, struct str plugin)
 {
     char detail[200];
-    bool known = my_is(plugin, MY_NATIVE) || my_is(plugin, MY_CLEAR);
+    bool known = str_is(plugin, MY_NATIVE) || str_is(plugin, MY_CLEAR);
     (void)snprintf(detail, sizeof detail, "the account authenticates by %.*s, which %s", (int)plugin.n, plugin.p,
                    known ? "the rule does not accept (auth)"
                          : "is not supported; caching_sha2_password and mysql_native_password are");
-    return give_up(up, R_LOGIN_UPSTREAM, detail);
+    return login_give_up(up, R_LOGIN_UPSTREAM, detail);
 }
 
 static enum step switch_plugin(struct conn *up, struct str body)
@@ -201,11 +175,11 @@ static enum step switch_plugin(struct conn *up, struct str body)
     if (body.n == 1)
         return refuse_plugin(up, str_of("mysql_old_password"));
     if (my->switched || !my_read_switch(body, &plugin, &data))
-        return give_up(up, R_UPSTREAM_RESPONSE, NULL);
-    const struct rule *r = password_rule(up, &s);
+        return login_give_up(up, R_UPSTREAM_RESPONSE, NULL);
+    const struct rule *r = login_password_rule(up, &of(up)->login, &s);
     if (!r)
         return STEP_STOP;
-    bool clear = my_is(plugin, MY_CLEAR), good = accepts(r, plugin) && (!clear || up->ssl);
+    bool clear = str_is(plugin, MY_CLEAR), good = accepts(r, plugin) && (!clear || up->ssl);
     if (good && clear) {
         send_password(up, r);
     } else if (good && data.n == MY_SCRAMBLE) {
@@ -220,9 +194,9 @@ static enum step switch_plugin(struct conn *up, struct str body)
     if (!good)
         return refuse_plugin(up, plugin);
     if (!clear && data.n != MY_SCRAMBLE)
-        return give_up(up, R_UPSTREAM_RESPONSE, NULL);
+        return login_give_up(up, R_UPSTREAM_RESPONSE, NULL);
     my->switched = true;
-    my->asked_by_sha2 = my_is(plugin, MY_SHA2);
+    my->asked_by_sha2 = str_is(plugin, MY_SHA2);
     note_use(up);
     return STEP_AGAIN;
 }
@@ -232,14 +206,14 @@ static enum step take_more(struct conn *up, struct str body)
     struct snapshot *s;
     struct mysql *my = of(up);
     if (!my->asked_by_sha2 || body.n != 2 || (body.p[1] != MY_SHA2_DONE && body.p[1] != MY_SHA2_WANTED))
-        return give_up(up, R_UPSTREAM_RESPONSE, NULL);
+        return login_give_up(up, R_UPSTREAM_RESPONSE, NULL);
     my->asked_by_sha2 = false; /* once */
     if (body.p[1] == MY_SHA2_DONE)
         return STEP_AGAIN;
     if (!up->ssl)
-        return give_up(up, R_LOGIN_UPSTREAM,
-                       "it wants the password itself, which is sent over TLS only; log in once over TLS");
-    const struct rule *r = password_rule(up, &s);
+        return login_give_up(up, R_LOGIN_UPSTREAM,
+                             "it wants the password itself, which is sent over TLS only; log in once over TLS");
+    const struct rule *r = login_password_rule(up, &of(up)->login, &s);
     if (!r)
         return STEP_STOP;
     send_password(up, r);
@@ -266,7 +240,7 @@ static enum step pass_refusal(struct conn *up, struct str body)
     unsigned code;
     struct str state;
     if (!my_read_error(body, &code, &state))
-        return give_up(up, R_UPSTREAM_RESPONSE, NULL);
+        return login_give_up(up, R_UPSTREAM_RESPONSE, NULL);
     x->status = state.n == 5 && memcmp(state.p, "28", 2) == 0 ? 401 : 503;
     pass_to_guest(x->down, body);
     up->one = NULL;
@@ -286,7 +260,7 @@ static enum step welcome(struct conn *up, const struct my_packet *m)
     if (why == R_NONE && x->to.tls && !up->ssl)
         why = R_UPSTREAM_TLS;
     if (why != R_NONE)
-        return give_up(up, why, NULL);
+        return login_give_up(up, why, NULL);
     pass_to_guest(c, m->body);
     buf_take(up->loop, &up->in, m->size);
     x->status = 200;
@@ -302,7 +276,7 @@ static enum step take_packet(struct conn *up, const struct my_packet *m)
     if (my->host == MH_GREETING)
         return take_greeting(up, m);
     if (my->host != MH_ASKED || m->sequence != my->host_sequence)
-        return give_up(up, R_UPSTREAM_RESPONSE, "a packet is out of order");
+        return login_give_up(up, R_UPSTREAM_RESPONSE, "a packet is out of order");
     my->host_sequence++;
     switch (my_kind(m->body)) {
     case MY_KIND_OK:
@@ -316,7 +290,7 @@ static enum step take_packet(struct conn *up, const struct my_packet *m)
         step = take_more(up, m->body);
         break;
     default:
-        return give_up(up, R_UPSTREAM_RESPONSE, NULL);
+        return login_give_up(up, R_UPSTREAM_RESPONSE, NULL);
     }
     if (!up->dead)
         buf_take(up->loop, &up->in, m->size);
@@ -329,7 +303,7 @@ static enum step host_step(struct conn *up)
     size_t n = buf_size(&up->in);
     switch (n ? my_read_packet(up->in.p + up->in.off, n, MY_PACKET_MAX, &m) : MY_MORE) {
     case MY_BAD:
-        return give_up(up, R_UPSTREAM_RESPONSE, NULL);
+        return login_give_up(up, R_UPSTREAM_RESPONSE, NULL);
     case MY_OK:
         return take_packet(up, &m);
     default:

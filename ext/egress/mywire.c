@@ -53,11 +53,6 @@ static struct str take_counted(struct rest *r)
     return take(r, n);
 }
 
-bool my_is(struct str s, const char *text)
-{
-    return s.n == strlen(text) && memcmp(s.p, text, s.n) == 0;
-}
-
 enum my_read my_read_packet(const char *p, size_t n, size_t most, struct my_packet *out)
 {
     struct rest r = {p, n, false};

@@ -94,6 +94,4 @@ void my_write_switch(struct out *o, uint8_t sequence, const char *plugin, const 
 /* `state` NULL: capabilities are not agreed on yet, so that there is none. */
 void my_write_error(struct out *o, uint8_t sequence, unsigned code, const char *state, const char *message);
 
-bool my_is(struct str s, const char *text);
-
 #endif

@@ -435,20 +435,5 @@ static enum step one_step(struct conn *c)
 
 void postgres_run(struct conn *c)
 {
-    for (;;) {
-        if (c->dead || c->phase != P_POSTGRES || c->close_after)
-            return;
-        enum step s = one_step(c);
-        if (s == STEP_AGAIN)
-            continue;
-        if (s == STEP_STOP)
-            return;
-        ssize_t n = conn_read(c);
-        if (n == 0)
-            return;
-        if (n < 0) {
-            conn_lost(c);
-            return;
-        }
-    }
+    login_run(c, P_POSTGRES, one_step);
 }

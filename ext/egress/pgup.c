@@ -63,42 +63,6 @@ void pg_begin_host(struct conn *up)
     conn_again(up);
 }
 
-static enum step give_up(struct conn *up, enum reason why, const char *detail)
-{
-    up_failed(up, why, detail);
-    return STEP_STOP;
-}
-
-static bool same_text(struct str s, const char *text)
-{
-    return s.n == strlen(text) && memcmp(s.p, text, s.n) == 0;
-}
-
-/* The rule with the password, borrowed from *s; NULL, and it has failed. */
-static const struct rule *password_rule(struct conn *up, struct snapshot **s)
-{
-    const struct rule *r = NULL;
-    struct conn *c = up->one->down;
-    uint64_t generation;
-    *s = tenant_borrow(c->tenant, &generation);
-    enum reason why = *s ? login_find(c, &c->pg->login, *s, &r) : R_UNREGISTERED;
-    if (why == R_NONE && !rule_is_ready(r, up->loop->now_s))
-        why = R_CREDENTIAL;
-    if (why == R_NONE && c->x.to.tls && !up->ssl)
-        why = R_UPSTREAM_TLS; /* it demands TLS since */
-    if (why == R_NONE)
-        return r;
-    snapshot_release(*s);
-    up_failed(up, why, NULL);
-    return NULL;
-}
-
-static void note_use(struct conn *up)
-{
-    up->one->injected = 1;
-    up->loop->counters[M_INJECTED]++;
-}
-
 static void begin_scram(struct conn *up, bool plus)
 {
     struct postgres *pg = up->one->down->pg;
@@ -127,7 +91,7 @@ static enum step derive(struct conn *up)
     struct postgres *pg = up->one->down->pg;
     if (!scram_client_derive(pg->client, AT_ONCE)) {
         if (!up->shaking && !(up->shaking = conn_take(up, B_HANDSHAKES, 1)))
-            return give_up(up, R_BUSY, NULL); /* the more there are, the longer everybody else waits for a turn */
+            return login_give_up(up, R_BUSY, NULL); /* the more there are, the longer everybody else waits for a turn */
         conn_timer(up, T_TURN);
         return STEP_STOP;
     }
@@ -139,7 +103,7 @@ static enum step derive(struct conn *up)
     struct out o = login_scratch(up);
     pg_write(&o, 'p', (struct str){pg->client->final.p, pg->client->final.n});
     conn_write(up, o.p, o.n);
-    note_use(up);
+    login_note_use(up);
     pg->host = H_FINAL;
     return STEP_AGAIN;
 }
@@ -148,13 +112,13 @@ static enum step take_challenge(struct conn *up, struct str data)
 {
     struct snapshot *s;
     struct postgres *pg = up->one->down->pg;
-    const struct rule *r = password_rule(up, &s);
+    const struct rule *r = login_password_rule(up, &up->one->down->pg->login, &s);
     if (!r)
         return STEP_STOP;
     bool good = scram_client_take(pg->client, data, r->value);
     snapshot_release(s);
     if (!good)
-        return give_up(up, R_LOGIN_UPSTREAM, "its challenge is malformed, or has too few or too many iterations");
+        return login_give_up(up, R_LOGIN_UPSTREAM, "its challenge is malformed, or has too few or too many iterations");
     pg->host = H_DERIVE;
     return STEP_AGAIN;
 }
@@ -164,16 +128,16 @@ static enum step answer_simply(struct conn *up, uint32_t kind, struct str salt)
 {
     struct snapshot *s;
     struct postgres *pg = up->one->down->pg;
-    const struct rule *r = password_rule(up, &s);
+    const struct rule *r = login_password_rule(up, &up->one->down->pg->login, &s);
     char md5[36];
     if (!r)
         return STEP_STOP;
-    bool any = same_text(r->extra[LOGIN_METHOD], "password");
+    bool any = str_is(r->extra[LOGIN_METHOD], "password");
     bool clear = kind == PG_AUTH_CLEARTEXT && any && up->ssl && !salt.n;
-    bool hashed = kind == PG_AUTH_MD5 && (any || same_text(r->extra[LOGIN_METHOD], "md5")) && salt.n == 4;
+    bool hashed = kind == PG_AUTH_MD5 && (any || str_is(r->extra[LOGIN_METHOD], "md5")) && salt.n == 4;
     if (!clear && !hashed) {
         snapshot_release(s);
-        return give_up(up, R_LOGIN_UPSTREAM, "it does not ask for SCRAM-SHA-256, or what else the rule accepts");
+        return login_give_up(up, R_LOGIN_UPSTREAM, "it does not ask for SCRAM-SHA-256, or what else the rule accepts");
     }
     struct out o = login_scratch(up);
     struct str answer = r->value;
@@ -190,7 +154,7 @@ static enum step answer_simply(struct conn *up, uint32_t kind, struct str salt)
     (void)conn_secret(up, o.p, o.n);
     OPENSSL_cleanse(o.p, o.n);
     snapshot_release(s);
-    note_use(up);
+    login_note_use(up);
     pg->host = H_KNOWN;
     return STEP_AGAIN;
 }
@@ -208,7 +172,7 @@ static enum step welcome(struct conn *up)
     struct xchg *x = up->one;
     enum reason why = decide_again(up);
     if (why != R_NONE)
-        return give_up(up, why, NULL);
+        return login_give_up(up, why, NULL);
     struct out o = login_scratch(x->down);
     pg_write_authentication(&o, PG_AUTH_OK, (struct str){"", 0});
     conn_write(x->down, o.p, o.n);
@@ -225,13 +189,13 @@ static enum step authenticate(struct conn *up, struct str body)
     struct str rest;
     uint32_t kind;
     if (!pg_read_authentication(body, &kind, &rest))
-        return give_up(up, R_UPSTREAM_RESPONSE, NULL);
+        return login_give_up(up, R_UPSTREAM_RESPONSE, NULL);
     if (kind == PG_AUTH_OK && pg->host == H_KNOWN && !rest.n)
         return welcome(up);
     if (kind == PG_AUTH_SASL && pg->host == H_ASKED) {
         bool plus = up->ssl && pg_offers(rest, SCRAM_PLUS);
         if (!plus && !pg_offers(rest, SCRAM))
-            return give_up(up, R_LOGIN_UPSTREAM, "it does not offer SCRAM-SHA-256");
+            return login_give_up(up, R_LOGIN_UPSTREAM, "it does not offer SCRAM-SHA-256");
         begin_scram(up, plus);
         return STEP_AGAIN;
     }
@@ -239,15 +203,15 @@ static enum step authenticate(struct conn *up, struct str body)
         return take_challenge(up, rest);
     if (kind == PG_AUTH_SASL_FINAL && pg->host == H_FINAL) {
         if (!scram_client_trusts(pg->client, rest))
-            return give_up(up, R_LOGIN_UPSTREAM, "it could not show that it knows the password");
+            return login_give_up(up, R_LOGIN_UPSTREAM, "it could not show that it knows the password");
         pg->host = H_KNOWN;
         return STEP_AGAIN;
     }
     if (kind == PG_AUTH_OK)
-        return give_up(up, R_LOGIN_UPSTREAM, "it lets in without having asked for the password");
+        return login_give_up(up, R_LOGIN_UPSTREAM, "it lets in without having asked for the password");
     if (pg->host == H_ASKED)
         return answer_simply(up, kind, rest);
-    return give_up(up, R_LOGIN_UPSTREAM, "it authenticates in an order that is none");
+    return login_give_up(up, R_LOGIN_UPSTREAM, "it authenticates in an order that is none");
 }
 
 /* An ErrorResponse of the host, over TLS verified for its name, is the guest's as it is. */
@@ -275,7 +239,7 @@ static enum step pass_message(struct conn *up, const struct pg_message *m)
     struct session *s = &c->pg->session;
     bool key = m->type == 'K' && !s->listed && pg_read_key(m->body, &s->process, &s->secret);
     if (!key && m->type != 'S' && m->type != 'N' && m->type != 'Z')
-        return give_up(up, R_UPSTREAM_RESPONSE, NULL);
+        return login_give_up(up, R_UPSTREAM_RESPONSE, NULL);
     if (key) {
         s->to = x->to;
         pg_list_session(c);
@@ -283,7 +247,7 @@ static enum step pass_message(struct conn *up, const struct pg_message *m)
     bool ready = m->type == 'Z';
     enum reason why = ready ? decide_again(up) : R_NONE; /* from now on only a change of the rules has it looked at */
     if (why != R_NONE)
-        return give_up(up, why, NULL);
+        return login_give_up(up, why, NULL);
     conn_write(c, up->in.p + up->in.off, m->size);
     x->down_bytes += m->size;
     buf_take(up->loop, &up->in, m->size);
@@ -303,7 +267,7 @@ static enum step take_message(struct conn *up, const struct pg_message *m)
     if (m->type == 'R')
         step = authenticate(up, m->body);
     else if (m->type != 'N') /* a notice: clients expect none so early */
-        return give_up(up, R_UPSTREAM_RESPONSE, NULL);
+        return login_give_up(up, R_UPSTREAM_RESPONSE, NULL);
     if (!up->dead)
         buf_take(up->loop, &up->in, m->size);
     return step;
@@ -334,7 +298,7 @@ static enum step host_step(struct conn *up)
     }
     switch (n ? pg_read_message(up->in.p + up->in.off, n, PG_MESSAGE_MAX, &m) : PG_MORE) {
     case PG_BAD:
-        return give_up(up, R_UPSTREAM_RESPONSE, NULL);
+        return login_give_up(up, R_UPSTREAM_RESPONSE, NULL);
     case PG_OK:
         return take_message(up, &m);
     default:

@@ -21,11 +21,6 @@ static bool take_text(struct str *from, struct str *out)
     return true;
 }
 
-static bool equals(struct str s, const char *text)
-{
-    return s.n == strlen(text) && memcmp(s.p, text, s.n) == 0;
-}
-
 static bool starts(struct str s, const char *text)
 {
     size_t n = strlen(text);
@@ -35,7 +30,7 @@ static bool starts(struct str s, const char *text)
 /* Parameters that the server takes the last one of, so that it could read another than we. */
 static bool note_parameter(struct pg_startup *s, struct str name, struct str value)
 {
-    if (equals(name, "user") || equals(name, "database")) {
+    if (str_is(name, "user") || str_is(name, "database")) {
         struct str *mine = name.p[0] == 'u' ? &s->user : &s->database;
         if (mine->p)
             return false;
@@ -53,7 +48,7 @@ static bool note_parameter(struct pg_startup *s, struct str name, struct str val
             return false;
     if (s->n == PG_PARAMETERS)
         return false;
-    s->physical |= equals(name, "replication") && !equals(value, "database");
+    s->physical |= str_is(name, "replication") && !str_is(value, "database");
     s->name[s->n] = name;
     s->value[s->n++] = value;
     return true;
@@ -141,7 +136,7 @@ bool pg_offers(struct str mechanisms, const char *name)
     struct str each;
     bool found = false;
     while (take_text(&mechanisms, &each) && each.n)
-        found |= equals(each, name);
+        found |= str_is(each, name);
     return found && !mechanisms.n;
 }
 

@@ -63,11 +63,11 @@ void sha2_answer(struct str password, const char scramble[MY_SCRAMBLE], unsigned
 unsigned scramble_answer(struct str plugin, struct str password, const char scramble[MY_SCRAMBLE],
                          unsigned char out[SHA2_ANSWER])
 {
-    if (my_is(plugin, MY_SHA2)) {
+    if (str_is(plugin, MY_SHA2)) {
         sha2_answer(password, scramble, out);
         return SHA2_ANSWER;
     }
-    if (my_is(plugin, MY_NATIVE)) {
+    if (str_is(plugin, MY_NATIVE)) {
         native_answer(password, scramble, out);
         return NATIVE_ANSWER;
     }

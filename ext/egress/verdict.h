@@ -173,6 +173,11 @@ static inline struct str str_of(const char *text)
     return (struct str){text, (uint32_t)strlen(text)};
 }
 
+static inline bool str_is(struct str s, const char *text)
+{
+    return s.n == strlen(text) && memcmp(s.p, text, s.n) == 0;
+}
+
 void out_add(struct out *o, const char *p, size_t n);
 void out_text(struct out *o, const char *text);
 void out_number(struct out *o, uint64_t v);
