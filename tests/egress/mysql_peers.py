@@ -16,6 +16,7 @@ import trio
 import trio.lowlevel
 
 from tests.egress.conftest import Wire
+from tests.egress.login_peers import LoginServer
 from tests.egress.postgres_peers import both
 
 NATIVE, SHA2, CLEAR = "mysql_native_password", "caching_sha2_password", "mysql_clear_password"
@@ -151,12 +152,11 @@ async def read_no_more(wire: Wire) -> tuple[int, bytes]:
     return head[3], await exactly(int.from_bytes(head[:3], "little"))
 
 
-class Server:
+class Server(LoginServer):
     """A host of MySQL. `logins` is what it was told in each login that got so far."""
 
     def __init__(self, password: str, context: ssl.SSLContext) -> None:
-        self.password = password
-        self.context = context
+        super().__init__(password, context)
         self.plugin = SHA2
         """Its default."""
         self.account = SHA2
@@ -172,40 +172,10 @@ class Server:
         """Packets instead of its answer to the login; their sequence numbers are set."""
         self.raw_after: bytes | None = None
         """The same, as they are."""
-        self.closes = False
-        self.connections = 0
         self.logins: list[Login] = []
         self.encrypted: list[bool] = []
         self.answers: list[bytes] = []
         """To its further questions."""
-        self.piece = 0
-        """Bytes of a TCP segment; 0: all at once."""
-        self.stops_at = ""
-        """Where it waits for `held`: before it begins TLS, or lets in ("shown": the answer was)."""
-        self.held = trio.Event()
-        self.arrived = trio.Event()
-
-    async def serve(self, stream: trio.SocketStream) -> None:
-        wire = Wire(stream)
-        self.connections += 1
-        try:
-            await self._serve(wire)
-        except (EOFError, trio.BrokenResourceError, trio.ClosedResourceError, OSError, AssertionError):
-            pass
-        finally:
-            with trio.CancelScope(shield=True), trio.move_on_after(1):
-                await trio.aclose_forcefully(wire.stream)
-
-    async def send(self, wire: Wire, data: bytes) -> None:
-        for at in range(0, len(data), self.piece or max(1, len(data))):
-            await wire.send(data[at : at + self.piece] if self.piece else data)
-            if self.piece:
-                await trio.lowlevel.checkpoint()
-
-    async def _stop(self, stage: str) -> None:
-        if self.stops_at == stage:
-            self.arrived.set()
-            await self.held.wait()
 
     async def _serve(self, wire: Wire) -> None:
         scramble = os.urandom(20).replace(b"\0", b"x")

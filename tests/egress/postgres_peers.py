@@ -17,6 +17,7 @@ import trio
 import trio.lowlevel
 
 from tests.egress.conftest import Wire
+from tests.egress.login_peers import LoginServer
 
 SSL_REQUEST = struct.pack(">II", 8, 80877103)
 GSS_REQUEST = struct.pack(">II", 8, 80877104)
@@ -86,12 +87,11 @@ class Keys:
         self.server = mac(salted, b"Server Key")
 
 
-class Server:
+class Server(LoginServer):
     """A host of Postgres. `sessions` is what it was told in each login that got so far."""
 
     def __init__(self, password: str, context: ssl.SSLContext, certificate: bytes) -> None:
-        self.password = password
-        self.context = context
+        super().__init__(password, context)
         self.binding = hashlib.sha256(certificate).digest()
         self.mechanisms: tuple[str, ...] = (PLUS, PLAIN)
         self.iterations: object = 4096
@@ -104,41 +104,11 @@ class Server:
         self.proof: bytes | None = None
         self.after: bytes | None = None
         """Instead of AuthenticationOk and what follows."""
-        self.closes = False
-        """Behind that."""
         self.startups: list[dict[str, str]] = []
         self.used: list[str] = []
         """Mechanisms."""
         self.passwords: list[bytes] = []
         self.cancelled: list[bytes] = []
-        self.piece = 0
-        """Bytes of a packet; 0: all at once."""
-        self.stops_at = ""
-        """Where it waits for `held`: before it begins TLS, lets in ("shown": the password was), or is ready."""
-        self.held = trio.Event()
-        self.arrived = trio.Event()
-        """It has stopped there."""
-
-    async def serve(self, stream: trio.SocketStream) -> None:
-        wire = Wire(stream)
-        try:
-            await self._serve(wire)
-        except (EOFError, trio.BrokenResourceError, trio.ClosedResourceError, OSError, AssertionError):
-            pass
-        finally:
-            with trio.CancelScope(shield=True), trio.move_on_after(1):
-                await trio.aclose_forcefully(wire.stream)
-
-    async def send(self, wire: Wire, data: bytes) -> None:
-        for at in range(0, len(data), self.piece or max(1, len(data))):
-            await wire.send(data[at : at + self.piece] if self.piece else data)
-            if self.piece:
-                await trio.lowlevel.checkpoint()
-
-    async def _stop(self, stage: str) -> None:
-        if self.stops_at == stage:
-            self.arrived.set()
-            await self.held.wait()
 
     async def _serve(self, wire: Wire) -> None:
         if self.answer_to_tls and not self.direct:

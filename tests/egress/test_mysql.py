@@ -34,6 +34,7 @@ from hypeman.egress.types import (
 from hypeman.egress.usage import outcome_of
 from hypeman.errors import InvalidRequest
 from tests.egress.conftest import GUEST, HOST, World
+from tests.egress.login_peers import check_sessions
 from tests.egress.mysql_peers import (
     ATTRIBUTES,
     CLEAR,
@@ -568,7 +569,7 @@ async def test_server_that_is_not_there(shop: Shop) -> None:
 
 @pytest.mark.parametrize("tls", [False, True])
 async def test_server_that_goes_away_before_the_login(shop: Shop, tls: bool) -> None:
-    """As servers do after some seconds. The guest is told when it is its turn, else its client takes it for garbage."""
+    """As servers do after some seconds. The guest gets the error in its turn, else its client takes it for garbage."""
     shop.server.greets = packet(0, greeting())
     shop.server.closes = True
     client = await shop.connect()
@@ -734,13 +735,7 @@ async def test_sessions_are_independent(shop: Shop) -> None:
         await client.wire.send(packet(0, b"\x01"))
         await client.wire.stream.aclose()
 
-    async with trio.open_nursery() as nursery:
-        for number in range(40):
-            nursery.start_soon(session, number)
-    with trio.fail_after(60):
-        while (await shop.world.egress.statistics()).in_use["connections"]:
-            await trio.sleep(0.02)
-    assert (await shop.world.egress.statistics()).in_use["bytes"] == 0
+    await check_sessions(shop.world, session)
 
 
 # ── Configuration ────────────────────────────────────────────────────────────────────────────────

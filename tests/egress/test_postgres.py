@@ -35,6 +35,7 @@ from hypeman.egress.types import (
 from hypeman.egress.usage import outcome_of
 from hypeman.errors import InvalidRequest
 from tests.egress.conftest import GUEST, HOST, Wire, World
+from tests.egress.login_peers import check_sessions
 from tests.egress.postgres_peers import (
     GSS_REQUEST,
     KEY,
@@ -746,13 +747,7 @@ async def test_sessions_are_independent(shop: Shop) -> None:
         await client.wire.send(message(b"X"))
         await client.wire.stream.aclose()
 
-    async with trio.open_nursery() as nursery:
-        for number in range(40):
-            nursery.start_soon(session, number)
-    with trio.fail_after(60):
-        while (await shop.world.egress.statistics()).in_use["connections"]:
-            await trio.sleep(0.02)
-    assert (await shop.world.egress.statistics()).in_use["bytes"] == 0
+    await check_sessions(shop.world, session)
 
 
 # ── Configuration ────────────────────────────────────────────────────────────────────────────────

@@ -46,13 +46,17 @@ async def _shake_hands(guest: Guest, to: str, port: int, source_port: int) -> in
     return opened.sequence + 1
 
 
-@in_namespace
-async def test_mode_all_mediates_the_web_and_refuses_all_other_tcp(lab: Lab) -> None:
-    guest = await lab.mediated(EgressMode.ALL)
+async def _check_web_is_mediated(lab: Lab, guest: Guest) -> None:
     with lab.listen(GATEWAY, EGRESS_PORT) as proxy:
         for number, port in enumerate((80, 443)):
             await _shake_hands(guest, SERVER, port, 5000 + number)
             assert await _original_destination(proxy) == (SERVER, port)
+
+
+@in_namespace
+async def test_mode_all_mediates_the_web_and_refuses_all_other_tcp(lab: Lab) -> None:
+    guest = await lab.mediated(EgressMode.ALL)
+    await _check_web_is_mediated(lab, guest)
     for port in (22, 53, 8443):
         guest.send_tcp(SERVER, port)
         await guest.expect_reset(port)
@@ -62,10 +66,7 @@ async def test_mode_all_mediates_the_web_and_refuses_all_other_tcp(lab: Lab) -> 
 @in_namespace
 async def test_mode_http_https_only_lets_other_ports_pass(lab: Lab) -> None:
     guest = await lab.mediated(EgressMode.HTTP_HTTPS_ONLY)
-    with lab.listen(GATEWAY, EGRESS_PORT) as proxy:
-        for number, port in enumerate((80, 443)):
-            await _shake_hands(guest, SERVER, port, 5000 + number)
-            assert await _original_destination(proxy) == (SERVER, port)
+    await _check_web_is_mediated(lab, guest)
     guest.send_tcp(SERVER, 8443)
     passed = await lab.world.expect(lambda seen: seen.protocol == TCP)
     assert (passed.port, passed.source) == (8443, HOST)
